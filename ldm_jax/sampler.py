@@ -1,0 +1,182 @@
+"""Reverse diffusion: noise to start from, text embeddings => clean latents, in one `lax.scan`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ldm_jax.noising import SignalRule
+
+SCHEDULES = ("cube_root", "angle")
+
+
+def get_noise_levels(diffusion_steps: int, schedule: str = "cube_root") -> np.ndarray:
+    """The decreasing noise levels that reverse diffusion visits, float32.
+
+    "cube_root", the original's: 1 - t^(1/3) for t in arange(1e-4, 0.99, 1 / steps), the last level
+    set to 0.01. "angle": sin of `diffusion_steps` angles, equally spaced, from level 0.999 to 0.01.
+    The network sees all levels but the last.
+
+    Raises:
+        ValueError: for fewer than 2 steps, or another schedule.
+    """
+    if diffusion_steps < 2:
+        raise ValueError(f"diffusion_steps must be at least 2, got {diffusion_steps}")
+    if schedule == "cube_root":
+        levels = 1 - np.arange(1e-4, 0.99, 1 / diffusion_steps) ** (1 / 3)
+        levels[-1] = 0.01
+    elif schedule == "angle":
+        levels = np.sin(np.linspace(np.arcsin(0.999), np.arcsin(0.01), diffusion_steps))
+    else:
+        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+    return levels.astype(np.float32)
+
+
+def dynamic_thresholding(
+    img: Float[Array, "b h w c"], perc: float = 99.5
+) -> Float[Array, "b h w c"]:
+    """Clips each sample to +-s and divides by s, s = max(percentile(|x|, perc), 1).
+
+    Saharia et al. 2022, section 2.3. s belongs to each sample, so that a picture does not depend on
+    its neighbours in the batch.
+
+    Args:
+        img: estimates of clean latents, any number of axes after the first.
+        perc: in [0, 100].
+    """
+    axes = tuple(range(1, img.ndim))
+    s = jnp.percentile(jnp.abs(img), perc, axis=axes, keepdims=True)
+    s = jnp.maximum(s, 1.0)
+    return jnp.clip(img, -s, s) / s
+
+
+def sample_seeds(
+    picture_seeds: Sequence[int] | np.ndarray, latent_shape: tuple[int, int, int]
+) -> Float[Array, "n h w c"]:
+    """Noise to start from, N(0, I), that of picture i a function of picture_seeds[i] alone.
+
+    Args:
+        picture_seeds: an integer in [0, 2^32) for each picture.
+        latent_shape: (h, w, c).
+
+    Raises:
+        ValueError: for seeds outside that range, or none.
+    """
+    numbers = np.asarray(picture_seeds)
+    if numbers.ndim != 1 or not numbers.size or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"picture_seeds must be a sequence of integers, got {picture_seeds!r}")
+    if numbers.min() < 0 or numbers.max() >= 2**32:
+        raise ValueError(f"a picture's seed must lie in [0, 2^32), got {picture_seeds!r}")
+    return _draw_noise(jnp.asarray(numbers.astype(np.uint32)), tuple(latent_shape))
+
+
+@partial(jax.jit, static_argnums=1)
+def _draw_noise(picture_seeds, latent_shape):
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), latent_shape))(
+        picture_seeds
+    )
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["network"])
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A network with its weights: a callable pytree, (x_t, noise_levels, labels) => x_0.
+
+    Attributes:
+        network: a linen module, compared by its fields; the same fields never retrace.
+        variables: its params and batch_stats.
+    """
+
+    network: Any
+    variables: Any
+
+    def __call__(self, x_t, noise_levels, labels):
+        return self.network.apply(self.variables, x_t, noise_levels, labels)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["denoiser", "class_guidance"],
+    meta_fields=["diffusion_steps", "rule", "schedule", "perc"],
+)
+@dataclasses.dataclass(frozen=True)
+class Diffuser:
+    """Draws latents by reverse diffusion with classifier-free guidance. A pytree.
+
+    New weights, another guidance weight or other prompts of the same number never retrace.
+
+    Attributes:
+        denoiser: a pytree that is called with (x_t, noise_levels, labels) and estimates x_0:
+            a `Denoiser`, or any function wrapped in `jax.tree_util.Partial`.
+        class_guidance: weight w of the text; 1 is no guidance, 0 ignores the text.
+        diffusion_steps: number of noise levels; the network runs once less.
+        rule: the signal rule of the update. The convex one is the original's, also for networks
+            that were trained on the variance-preserving mixture.
+        schedule: of `get_noise_levels`.
+        perc: percentile of the dynamic thresholding.
+    """
+
+    denoiser: Callable
+    class_guidance: Float[Array, ""] | float = 4.0
+    diffusion_steps: int = 70
+    rule: SignalRule = SignalRule("convex")
+    schedule: str = "cube_root"
+    perc: float = 99.5
+
+    def predict_x_zero(
+        self,
+        x_t: Float[Array, "n h w c"],
+        labels: Float[Array, "n *t e"],
+        noise_level: Float[Array, ""] | float,
+    ) -> Float[Array, "n h w c"]:
+        """The guided, thresholded estimate of the clean latents, w text + (1 - w) none.
+
+        Text and no text (zeros) go through the network as one batch of 2n.
+
+        Args:
+            x_t: noisy latents.
+            labels: text embeddings.
+            noise_level: a, the same for all samples.
+        """
+        n = x_t.shape[0]
+        noise_levels = jnp.full((2 * n,), noise_level, x_t.dtype)
+        both = self.denoiser(
+            jnp.concatenate([x_t, x_t]),
+            noise_levels,
+            jnp.concatenate([labels, jnp.zeros_like(labels)]),
+        )
+        with_text, without = both[:n], both[n:]
+        w = self.class_guidance
+        return dynamic_thresholding(w * with_text + (1 - w) * without, self.perc)
+
+    @jax.jit
+    def reverse_diffusion(
+        self, seeds: Float[Array, "n h w c"], labels: Float[Array, "n *t e"]
+    ) -> Float[Array, "n h w c"]:
+        """Walks noise back to latents in [-1, 1]; the last estimate of x_0 is the result.
+
+        Args:
+            seeds: noise to start from, N(0, I), as `sample_seeds` draws it.
+            labels: text embeddings, one for each seed; zeros for no text.
+
+        Raises:
+            ValueError: if the numbers of seeds and labels differ.
+        """
+        if seeds.shape[0] != labels.shape[0]:
+            raise ValueError(f"got {seeds.shape[0]} seeds for {labels.shape[0]} labels")
+        levels = jnp.asarray(get_noise_levels(self.diffusion_steps, self.schedule))
+
+        def step(carry, pair):
+            x_t, _ = carry  # noisy latents at the level, the latest estimate of x_0
+            level, next_level = pair
+            x_zero = self.predict_x_zero(x_t, labels, level)
+            return (self.rule.update(x_t, x_zero, level, next_level), x_zero), None
+
+        start = (seeds, jnp.zeros_like(seeds))
+        (_, x_zero), _ = jax.lax.scan(step, start, (levels[:-1], levels[1:]))
+        return x_zero
