@@ -1,0 +1,226 @@
+"""Training: state, key, batch => state, metrics, in one jitted step whose state is donated."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ldm_jax.latents import LatentScale, draw_latents
+from ldm_jax.noising import ForwardProcess, add_noise
+
+DECAYS = ("constant", "cosine")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run carries from step to step.
+
+    Attributes:
+        step: number of steps taken, int32.
+        params: weights, float32.
+        batch_stats: running statistics of the batch norms; empty without them.
+        ema_params: exponential moving average of `params`.
+        ema_batch_stats: that of `batch_stats`, the statistics that belong to `ema_params`.
+        opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: Any
+    batch_stats: Any
+    ema_params: Any
+    ema_batch_stats: Any
+    opt_state: Any
+
+    @property
+    def ema_variables(self) -> dict:
+        """The averaged weights with their statistics, as a network's variables."""
+        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+
+
+def get_optimizer(
+    learning_rate: float = 3e-4,
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    decay: str = "constant",
+    b2: float = 0.999,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adam, with a linear warm-up, a constant or cosine-decayed rate, and clipping by global norm.
+
+    Args:
+        learning_rate: the highest rate.
+        steps: length of the run, where the cosine reaches zero.
+        warmup_steps: steps over which the rate rises from zero.
+        decay: "constant" or "cosine".
+        b2: decay of Adam's second moment.
+        clip_norm: largest global norm of a gradient; None for no clipping.
+
+    Raises:
+        ValueError: for another decay, or a warm-up longer than the run.
+    """
+    if decay not in DECAYS:
+        raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}")
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"warmup_steps must lie in [0, steps={steps}), got {warmup_steps}")
+    if decay == "cosine":
+        rate = optax.cosine_decay_schedule(learning_rate, steps - warmup_steps)
+    else:
+        rate = optax.constant_schedule(learning_rate)
+    if warmup_steps:
+        warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+        rate = optax.join_schedules([warmup, rate], [warmup_steps])
+    adam = optax.adam(rate, b2=b2)
+    return adam if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+
+
+def create_train_state(
+    rng: PRNGKeyArray,
+    network: Any,
+    optimizer: optax.GradientTransformation,
+    latent_shape: tuple[int, int, int],
+    embedding_shape: tuple[int, ...],
+) -> TrainState:
+    """Initial weights and optimizer state. Run it under jit to place it on a mesh.
+
+    Args:
+        rng: key, consumed.
+        network: called with (x_t, noise_levels, text_embeddings).
+        optimizer: see `get_optimizer`.
+        latent_shape: (h, w, c).
+        embedding_shape: (e,) or (n, e).
+    """
+    variables = network.init(
+        rng, jnp.zeros((1, *latent_shape)), jnp.zeros((1,)), jnp.ones((1, *embedding_shape))
+    )
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        ema_params=jax.tree.map(jnp.copy, params),
+        ema_batch_stats=jax.tree.map(jnp.copy, batch_stats),
+        opt_state=optimizer.init(params),
+    )
+
+
+def get_loss(
+    network: Any, scale: LatentScale, process: ForwardProcess, label_dropout: float
+) -> Callable:
+    """The loss of the original: mean absolute error of the estimate of x_0.
+
+    Returns loss(params, batch_stats, rng, batch, train) -> (loss, batch_stats). A batch holds
+    "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
+    and "text_embeddings" (b, e) or (b, n, e).
+    """
+
+    def loss_fn(params, batch_stats, rng, batch, train):
+        latent_key, noise_key, drop_key = jax.random.split(rng, 3)
+        latents = draw_latents(latent_key, batch["latents_mean"], batch.get("latents_std"))
+        latents = scale.normalise(latents)
+        x_t, noise_levels = add_noise(noise_key, latents, process)
+        labels = drop_labels(drop_key, batch["text_embeddings"], label_dropout if train else 0.0)
+        variables = {"params": params, "batch_stats": batch_stats}
+        x_zero, updates = network.apply(
+            variables, x_t, noise_levels, labels, train=train, mutable=["batch_stats"]
+        )
+        loss = jnp.mean(jnp.abs(x_zero - latents))
+        return loss, updates.get("batch_stats", {}) if train else batch_stats
+
+    return loss_fn
+
+
+def drop_labels(
+    rng: PRNGKeyArray, text_embeddings: Float[Array, "b *n e"], rate: float
+) -> Float[Array, "b *n e"]:
+    """Replaces whole embeddings by zeros, "no text", with probability `rate`. Consumes the key."""
+    keep_shape = (text_embeddings.shape[0],) + (1,) * (text_embeddings.ndim - 1)
+    keep = jax.random.bernoulli(rng, 1 - rate, keep_shape)
+    return jnp.where(keep, text_embeddings, 0.0)
+
+
+def get_train_step(
+    network: Any,
+    optimizer: optax.GradientTransformation,
+    scale: LatentScale,
+    process: ForwardProcess = ForwardProcess(),
+    *,
+    label_dropout: float = 0.15,
+    ema_decay: float = 0.999,
+) -> Callable[[TrainState, PRNGKeyArray, Mapping], tuple[TrainState, dict]]:
+    """The jitted step: state, metrics = train_step(state, rng, batch).
+
+    `rng` is the run's key, the same at each step; the step folds its own number in. The state is
+    donated. Metrics, "loss" and "grad_norm", stay on the device. The average's decay warms up as
+    min(ema_decay, (1 + step) / (10 + step)), so that it forgets the initial weights.
+
+    Raises:
+        ValueError: for a label_dropout or an ema_decay outside [0, 1).
+    """
+    for name, value in [("label_dropout", label_dropout), ("ema_decay", ema_decay)]:
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    loss_fn = get_loss(network, scale, process, label_dropout)
+
+    def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
+        step_key = jax.random.fold_in(rng, state.step)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), grads = value_and_grad(
+            state.params, state.batch_stats, step_key, batch, train=True
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        average = lambda new, old: optax.incremental_update(new, old, 1 - decay)  # noqa: E731
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            ema_params=average(params, state.ema_params),
+            ema_batch_stats=average(batch_stats, state.ema_batch_stats),
+            opt_state=opt_state,
+        )
+        return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def get_eval_step(
+    network: Any, scale: LatentScale, process: ForwardProcess = ForwardProcess()
+) -> Callable[[TrainState, PRNGKeyArray, Mapping], Array]:
+    """The jitted held-out loss of the averaged weights: loss = eval_step(state, rng, batch).
+
+    The same key gives the same noise, so that the losses of two checkpoints can be compared.
+    """
+    loss_fn = get_loss(network, scale, process, label_dropout=0.0)
+
+    @jax.jit
+    def eval_step(state, rng, batch):
+        loss, _ = loss_fn(state.ema_params, state.ema_batch_stats, rng, batch, train=False)
+        return loss
+
+    return eval_step
+
+
+def check_losses(losses: Float[np.ndarray, " n"], last_step: int) -> None:
+    """Stops a run whose loss is no longer a number.
+
+    Args:
+        losses: of the latest n steps, the last of which is `last_step`.
+
+    Raises:
+        FloatingPointError: names the first such step and the window that was looked at.
+    """
+    broken = np.flatnonzero(~np.isfinite(losses))
+    if broken.size:
+        first = last_step - len(losses) + 1
+        raise FloatingPointError(
+            f"the loss became {losses[broken[0]]} at step {first + broken[0]} "
+            f"(steps {first} to {last_step} were looked at); no checkpoint was written since. "
+            "Try a lower learning rate, warm-up steps or clip_norm"
+        )
