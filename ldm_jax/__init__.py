@@ -1,0 +1,1 @@
+"""Text-to-image latent diffusion in JAX: captions and noise => pictures."""
