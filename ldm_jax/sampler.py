@@ -180,3 +180,29 @@ class Diffuser:
         start = (seeds, jnp.zeros_like(seeds))
         (_, x_zero), _ = jax.lax.scan(step, start, (levels[:-1], levels[1:]))
         return x_zero
+
+
+def get_diffuser(
+    denoiser: Callable,
+    *,
+    class_guidance: float = 4.0,
+    diffusion_steps: int = 70,
+    mixture: str = "convex",
+    schedule: str = "cube_root",
+    perc: float = 99.5,
+) -> Diffuser:
+    """A Diffuser from plain settings, as configs and checkpoints hold them.
+
+    `mixture` names the signal rule of the update: "convex" is update A, which the original runs,
+    "variance_preserving" update B. See `Diffuser` for the rest.
+
+    Raises:
+        ValueError: for a guidance weight that is not finite, too few steps, or unknown names.
+    """
+    if not np.isfinite(class_guidance):
+        raise ValueError(f"class_guidance must be a finite number, got {class_guidance}")
+    if not 0 <= perc <= 100:
+        raise ValueError(f"perc must lie in [0, 100], got {perc}")
+    get_noise_levels(diffusion_steps, schedule)  # Raises for steps or schedules that do not exist.
+    rule = SignalRule(mixture)
+    return Diffuser(denoiser, class_guidance, diffusion_steps, rule, schedule, perc)

@@ -1,6 +1,8 @@
 """Devices: a mesh of all of them; batches are split over it, weights are replicated."""
 
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,3 +39,43 @@ def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
             f"{mesh.size} devices, got {sizes}"
         )
     return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
+
+
+def feed_batches(
+    mesh: Mesh, get_batch: Callable[[int], Mapping[str, np.ndarray]], steps: range, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """Batches k for k in `steps`, read and sent to the mesh by a thread that stays `ahead` of them.
+
+    An error of `get_batch` is raised where the batch would have come. Leaving the loop early ends
+    the thread.
+    """
+    ready: queue.Queue = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item):
+        while not stopped.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def read():
+        try:
+            for k in steps:
+                if stopped.is_set():
+                    return
+                put((shard_batch(mesh, get_batch(k)), None))
+        except Exception as error:
+            put((None, error))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        for _ in steps:
+            batch, error = ready.get()
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        stopped.set()
+        thread.join()

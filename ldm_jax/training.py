@@ -49,7 +49,7 @@ def get_optimizer(
     warmup_steps: int = 0,
     decay: str = "constant",
     b2: float = 0.999,
-    clip_norm: float | None = None,
+    clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """Adam, with a linear warm-up, a constant or cosine-decayed rate, and clipping by global norm.
 
@@ -59,7 +59,7 @@ def get_optimizer(
         warmup_steps: steps over which the rate rises from zero.
         decay: "constant" or "cosine".
         b2: decay of Adam's second moment.
-        clip_norm: largest global norm of a gradient; None for no clipping.
+        clip_norm: largest global norm of a gradient; 0 for no clipping.
 
     Raises:
         ValueError: for another decay, or a warm-up longer than the run.
@@ -76,7 +76,7 @@ def get_optimizer(
         warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
         rate = optax.join_schedules([warmup, rate], [warmup_steps])
     adam = optax.adam(rate, b2=b2)
-    return adam if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), adam)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), adam) if clip_norm else adam
 
 
 def create_train_state(

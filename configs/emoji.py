@@ -1,0 +1,48 @@
+"""The embedded set: emoji of six styles, our own VAE, Universal Sentence Encoder."""
+
+from configs import seed
+
+
+def get_config():
+    config = seed.get_config()
+    config.steps = 30_000
+    config.batch_size = 512
+
+    config.data.source = "emoji"
+    config.encoders.vae = "bundled:emoji"
+    config.encoders.text = "use"
+
+    config.latents.normalisation = "channel"
+    config.latents.deviations = 3.0
+
+    config.network.block_depth = 2
+    config.network.widths = (128, 192, 192)
+    config.network.norm = "group"
+    config.network.heads = 4
+    config.network.scaled = True
+    config.network.key_fraction = 2
+    config.network.dtype = "bfloat16"
+
+    config.noising.noise_law = "uniform"
+    config.noising.max_angle = 1.57
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 500
+    config.optimizer.decay = "cosine"
+    config.optimizer.clip_norm = 1.0
+    config.training.ema_decay = 0.9995
+
+    config.sampling.class_guidance = 3.0
+    config.sampling.mixture = "variance_preserving"
+    config.sampling.schedule = "angle"
+    config.captions = (
+        "red apple, Fluent 3D",
+        "grinning face, Twemoji",
+        "cat face, Noto",
+        "house with garden, Fluent flat",
+        "evergreen tree, EmojiOne",
+        "taxi, blob",
+        "crescent moon",
+        "hot beverage",
+    )
+    return config
