@@ -21,7 +21,14 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 
 
 class PictureError(ValueError):
-    """A picture file that cannot be used; the message holds its path and what is wrong."""
+    """A picture file that cannot be used; the message is its path and `what` is wrong."""
+
+    def __init__(self, path: str | os.PathLike, what: str):
+        super().__init__(path, what)
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} {self.what}"
 
 
 class Picture(NamedTuple):
@@ -237,13 +244,12 @@ def load_picture(path: str | os.PathLike, size: int = 128) -> UInt8[np.ndarray, 
     except Image.DecompressionBombError as error:
         raise Image.DecompressionBombError(f"{path}: {error}") from error
     except Exception as error:  # A broken file raises nearly anything, by its format.
-        raise PictureError(f"{path} cannot be read as a picture: {error}") from error
+        raise PictureError(path, f"cannot be read as a picture: {error}") from error
     width, height = rgb.size
     side = min(width, height)
     if side < MIN_SIDE:
-        raise PictureError(
-            f"{path} must be at least {MIN_SIDE} pixels wide and high, got {width}x{height}"
-        )
+        what = f"must be at least {MIN_SIDE} pixels wide and high, got {width}x{height}"
+        raise PictureError(path, what)
     left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
     square = rgb.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

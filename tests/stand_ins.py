@@ -1,0 +1,72 @@
+"""Small encoders and pictures with known results, for the tests of latent caches."""
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.encoding import encode_pictures
+from ldm_jax.pictures import Picture
+
+
+class MeanVAE:
+    """Stands in for a VAE: the mean of each block of 8 x 8 pixels and two channels of its own."""
+
+    latent_channels = 3
+    downsampling = 8
+
+    def __init__(self, name="mean", sha256="aa", fail_at=None):
+        self.identity = dict(name=name, sha256=sha256)
+        self.calls, self.fail_at = 0, fail_at
+
+    def encode(self, images, batch_size=64, progress=False):
+        assert images.dtype == np.uint8
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise RuntimeError("the power went off")
+        n, height, width, _ = images.shape
+        blocks = images.astype(np.float32).reshape(n, height // 8, 8, width // 8, 8, 3) / 127.5 - 1
+        mean = blocks.mean((2, 4))
+        return mean, 0.1 + mean**2
+
+
+class LetterEncoder:
+    """Stands in for a text encoder: counts of the letters a, b, c, d."""
+
+    name, shape = "letters", (4,)
+
+    def __init__(self, sha256="bb"):
+        self.identity = dict(name="letters", sha256=sha256)
+        self.seen = []
+
+    def __call__(self, captions, progress=False):
+        self.seen += captions
+        counts = [[text.count(letter) for letter in "abcd"] for text in captions]
+        return np.array(counts, np.float32)
+
+
+def make_pictures(folder, n=20, broken=()):
+    """Noise with one or two captions; all the same "abba", and another one for odd pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    pictures = []
+    for i in range(n):
+        path = folder / f"{i:02d}.png"
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        if i in broken:
+            path.write_bytes(path.read_bytes()[:60])
+        captions = ("abba", "d" * i) if i % 2 else ("abba",)
+        split = "valid" if i in (3, 4) else "test" if i == 5 else "train"
+        pictures.append(Picture(path, captions, split, f"concept {i}", "noise"))
+    return pictures
+
+
+def encode(tmp_path, cache="cache", pictures=None, vae=None, text=None, chunk_size=6, **options):
+    source = tmp_path / "pictures"
+    pictures = make_pictures(source) if pictures is None else pictures
+    vae, text = vae or MeanVAE(), text or LetterEncoder()
+    options = dict(image_size=16, chunk_size=chunk_size) | options
+    return encode_pictures(pictures, tmp_path / cache, vae, text, source, **options)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
