@@ -50,7 +50,9 @@ class VAE:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         # The digest is taken of the float32 weights, before they are rounded to `dtype`.
-        self.identity = {"name": name, "sha256": _digest(model)}
+        architecture = {field: model.config[field] for field in ARCHITECTURE_FIELDS}
+        header = json.dumps(architecture, sort_keys=True)
+        self.identity = {"name": name, "sha256": digest_weights(header, model)}
         self.latent_channels: int = model.config.latent_channels
         self.downsampling: int = 2 ** (len(model.config.block_out_channels) - 1)
         self.device = torch.device(device)
@@ -240,11 +242,12 @@ def _find(name: str) -> tuple[str, str]:
     raise FileNotFoundError(f"{name}: there is no such folder. {NEEDED}")
 
 
-def _digest(model: Any) -> str:
-    """sha256 over the architecture and every array, name by name, as little-endian float32."""
-    architecture = {field: model.config[field] for field in ARCHITECTURE_FIELDS}
-    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-    for name, array in sorted(model.state_dict().items()):
-        digest.update(f"{name} {list(array.shape)}".encode())
-        digest.update(np.ascontiguousarray(array.float().cpu().numpy(), "<f4").data)
-    return digest.hexdigest()
+def digest_weights(header: str, model: Any) -> str:
+    """sha256 over a header and every weight of a PyTorch model, as little-endian float32.
+
+    Weights are taken by content, not by name or order: libraries rename them between releases.
+    """
+    arrays = [weight.detach().float().cpu().contiguous().numpy() for weight in model.parameters()]
+    digests = [hashlib.sha256(f"{a.shape}".encode() + a.astype("<f4").data) for a in arrays]
+    content = "".join(sorted(digest.hexdigest() for digest in digests))
+    return hashlib.sha256((header + content).encode()).hexdigest()
