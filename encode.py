@@ -87,8 +87,8 @@ def main(argv: list[str]):
     try:
         was_there = (default_cache(config) / MANIFEST).exists()
         cache = open_cache(encode(config))
-    except (ValueError, OSError) as error:
-        logging.debug("raised here:", exc_info=True)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
         raise SystemExit(f"encode.py: {error}") from error
     print(summarise(cache))
     if was_there:
