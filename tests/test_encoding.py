@@ -77,6 +77,7 @@ def test_broken_pictures_are_named_skipped_and_counted(tmp_path, caplog):
     cache = open_cache(encode(tmp_path, pictures=pictures))
     skipped = {entry["file"]: entry["error"] for entry in cache.manifest["skipped"]}
     assert list(skipped) == ["00.png", "07.png", "11.png"]
+    assert all(f"skipped {tmp_path}/pictures/{file}: it " in caplog.text for file in skipped)
     assert "cannot be read" in skipped["00.png"]
     assert skipped["11.png"] == "must be at least 8 pixels wide and high, got 1x1"
     assert cache.manifest["pictures"] == 16
