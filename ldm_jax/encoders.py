@@ -39,8 +39,7 @@ class VAE:
     Attributes:
         identity: name (what `load_vae` takes) and sha256 of architecture and weights. The digest is
             the same on every machine, in every folder and file format; compare this, not the name.
-        latent_channels: c of the latents.
-        downsampling: H / h of images and latents.
+        latent_channels, downsampling: c of the latents, and H / h.
         device: where PyTorch computes.
     """
 
@@ -50,17 +49,17 @@ class VAE:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
         # The digest is taken of the float32 weights, before they are rounded to `dtype`.
-        architecture = {field: model.config[field] for field in ARCHITECTURE_FIELDS}
-        header = json.dumps(architecture, sort_keys=True)
-        self.identity = {"name": name, "sha256": digest_weights(header, model)}
+        architecture = json.dumps([model.config[field] for field in ARCHITECTURE_FIELDS])
+        self.identity = {"name": name, "sha256": digest_weights(architecture, model)}
         self.latent_channels: int = model.config.latent_channels
         self.downsampling: int = 2 ** (len(model.config.block_out_channels) - 1)
         self.device = torch.device(device)
         self._dtype = getattr(torch, dtype)
-        self._model = model.to(self.device, self._dtype).eval().requires_grad_(False)
+        model = torch.nn.Module.to(model, self.device, self._dtype)  # diffusers' `to` would warn
+        self._model = model.eval().requires_grad_(False)
 
     def encode(
-        self, images: Shaped[np.ndarray, "n H W 3"], batch_size: int = 64, progress: bool = False
+        self, images: Shaped[np.ndarray, "n H W 3"], batch_size: int = 16, progress: bool = False
     ) -> tuple[Float[np.ndarray, "n h w c"], Float[np.ndarray, "n h w c"]]:
         """Images => mean and standard deviation, exp(logvar / 2), of the raw latents, float32.
 
@@ -80,8 +79,7 @@ class VAE:
 
         def encode_batch(batch):
             x = batch.to(self._dtype)
-            if images.dtype == np.uint8:
-                x = x / 127.5 - 1
+            x = x / 127.5 - 1 if images.dtype == np.uint8 else x
             posterior = self._model.encode(x).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1)
 
@@ -90,7 +88,7 @@ class VAE:
         return np.ascontiguousarray(moments[..., :c]), np.ascontiguousarray(moments[..., c:])
 
     def decode(
-        self, latents: Float[np.ndarray, "n h w c"], batch_size: int = 64, progress: bool = False
+        self, latents: Float[np.ndarray, "n h w c"], batch_size: int = 16, progress: bool = False
     ) -> Float[np.ndarray, "n H W 3"]:
         """Raw latents => images, float32, clipped to [-1, 1].
 
@@ -202,7 +200,7 @@ def decode_latents(
     std_latent: float | Float[np.ndarray, " c"],
     vae: VAE,
     mean_latent: float | Float[np.ndarray, " c"] = 0.0,
-    batch_size: int = 64,
+    batch_size: int = 16,
     progress: bool = False,
 ) -> Float[np.ndarray, "n H W 3"]:
     """Normalised latents => images in [-1, 1]: decode(latents std_latent + mean_latent).
@@ -247,7 +245,6 @@ def digest_weights(header: str, model: Any) -> str:
 
     Weights are taken by content, not by name or order: libraries rename them between releases.
     """
-    arrays = [weight.detach().float().cpu().contiguous().numpy() for weight in model.parameters()]
-    digests = [hashlib.sha256(f"{a.shape}".encode() + a.astype("<f4").data) for a in arrays]
-    content = "".join(sorted(digest.hexdigest() for digest in digests))
-    return hashlib.sha256((header + content).encode()).hexdigest()
+    arrays = (weight.detach().float().cpu().numpy().astype("<f4") for weight in model.parameters())
+    digests = (hashlib.sha256(f"{a.shape}".encode() + a.tobytes()).hexdigest() for a in arrays)
+    return hashlib.sha256((header + "".join(sorted(digests))).encode()).hexdigest()

@@ -192,6 +192,11 @@ def test_a_batch_of_no_images_is_refused(vae, images):
         vae.encode(images, batch_size=0)
 
 
+def test_loading_prints_nothing(folder, capfd):
+    load_vae(folder, dtype="bfloat16")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_vae_knows_its_geometry(vae, folder):
     assert (vae.latent_channels, vae.downsampling) == (3, 8)
     assert vae.identity["name"] == str(folder)
