@@ -271,8 +271,12 @@ def _check_variables(network: Any, variables: dict, meta: dict, path: Path) -> N
         jax.ShapeDtypeStruct((1,), "float32"),
         jax.ShapeDtypeStruct((1, *meta["embedding_shape"]), "float32"),
     )
-    wanted = {k: v.shape for k, v in flatten_dict(dict(shapes), sep="/").items()}
-    found = {k: v.shape for k, v in flatten_dict(variables, sep="/").items()}
+
+    def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+        flat: dict[str, Any] = flatten_dict(tree, sep="/")
+        return {name: leaf.shape for name, leaf in flat.items()}
+
+    wanted, found = shapes_of(dict(shapes)), shapes_of(variables)
     wrong = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
     if wrong:
         raise ValueError(

@@ -4,10 +4,12 @@ The original clips the raw latents at 2.5 standard deviations of all of them and
 number, `std_latent`. A number for each channel, with a mean, does the same channel by channel.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -19,8 +21,8 @@ class LatentScale(NamedTuple):
         mean_latent: the raw value that becomes 0, likewise.
     """
 
-    std_latent: Float[Array, "*c"] | float
-    mean_latent: Float[Array, "*c"] | float = 0.0
+    std_latent: ArrayLike
+    mean_latent: ArrayLike = 0.0
 
     def normalise(self, latents: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Clips to mean_latent +- std_latent and divides: raw VAE latents => [-1, 1]."""
@@ -47,7 +49,7 @@ def draw_latents(
     return latents_mean + latents_std * jax.random.normal(rng, latents_mean.shape)
 
 
-def get_latent_scale(manifest: dict, normalisation: str, deviations: float) -> LatentScale:
+def get_latent_scale(manifest: Mapping, normalisation: str, deviations: float) -> LatentScale:
     """The scale that a latent cache's statistics give.
 
     Args:

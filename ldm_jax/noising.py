@@ -131,3 +131,8 @@ def add_noise(
 def _per_sample(levels):
     """(b,) => (b, 1, 1, 1); a scalar holds for all samples."""
     return jnp.reshape(levels, (-1, 1, 1, 1))
+
+
+def get_process(mixture: str, noise_law: str, max_angle: float) -> ForwardProcess:
+    """A forward process from plain settings, as configs and checkpoints hold them."""
+    return ForwardProcess(SignalRule(mixture), noise_law, max_angle)

@@ -56,7 +56,7 @@ def dynamic_thresholding(
 
 
 def sample_seeds(
-    picture_seeds: Sequence[int] | np.ndarray, latent_shape: tuple[int, int, int]
+    picture_seeds: Sequence[int] | np.ndarray, latent_shape: tuple[int, ...]
 ) -> Float[Array, "n h w c"]:
     """Noise to start from, N(0, I), that of picture i a function of picture_seeds[i] alone.
 

@@ -83,7 +83,7 @@ def create_train_state(
     rng: PRNGKeyArray,
     network: Any,
     optimizer: optax.GradientTransformation,
-    latent_shape: tuple[int, int, int],
+    latent_shape: tuple[int, ...],
     embedding_shape: tuple[int, ...],
 ) -> TrainState:
     """Initial weights and optimizer state. Run it under jit to place it on a mesh.
@@ -116,18 +116,26 @@ def get_loss(
 
     Returns loss(params, batch_stats, rng, batch, train) -> (loss, batch_stats). A batch holds
     "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
-    and "text_embeddings" (b, e) or (b, n, e).
+    and "text_embeddings" (b, e) or (b, n, e); float32 or float16.
     """
 
     def loss_fn(params, batch_stats, rng, batch, train):
-        latent_key, noise_key, drop_key = jax.random.split(rng, 3)
+        latent_key, noise_key, drop_key, dropout_key = jax.random.split(rng, 4)
+        # A cache may hand over what it stores, float16.
+        batch = {name: x.astype(jnp.float32) for name, x in batch.items()}
         latents = draw_latents(latent_key, batch["latents_mean"], batch.get("latents_std"))
         latents = scale.normalise(latents)
         x_t, noise_levels = add_noise(noise_key, latents, process)
         labels = drop_labels(drop_key, batch["text_embeddings"], label_dropout if train else 0.0)
         variables = {"params": params, "batch_stats": batch_stats}
         x_zero, updates = network.apply(
-            variables, x_t, noise_levels, labels, train=train, mutable=["batch_stats"]
+            variables,
+            x_t,
+            noise_levels,
+            labels,
+            train=train,
+            mutable=["batch_stats"],
+            rngs={"dropout": dropout_key},
         )
         loss = jnp.mean(jnp.abs(x_zero - latents))
         return loss, updates.get("batch_stats", {}) if train else batch_stats

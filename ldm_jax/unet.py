@@ -1,265 +1,13 @@
-"""The denoiser: noisy latents, noise levels, text embeddings => estimate of the clean latents.
+"""The denoiser: noisy latents, noise levels, text embeddings => estimate of the clean latents."""
 
-Conditioning is a short sequence of tokens. One token, the original's case, makes cross-attention
-exact and free: the softmax over a single key is 1, so the token's value is added at every position
-and no query or key is needed. Several tokens, a text encoder's hidden states, are attended to.
-"""
-
-import math
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-NORMS = ("batch", "group")
-GROUP_SIZE = 16
-
-
-def sinusoidal_embedding(
-    noise_levels: Float[Array, " b"], emb_dim: int = 32
-) -> Float[Array, "b emb_dim"]:
-    """[sin(2 pi f_k a) for all k, cos(2 pi f_k a) for all k], f_k from 1 to 1000, geometric.
-
-    Args:
-        noise_levels: a in [0, 1], one for each sample.
-        emb_dim: even.
-
-    Raises:
-        ValueError: for an odd emb_dim or levels that are not of rank 1.
-    """
-    if emb_dim % 2 or emb_dim < 2:
-        raise ValueError(f"emb_dim must be even and positive, got {emb_dim}")
-    if jnp.ndim(noise_levels) != 1:
-        raise ValueError(f"noise_levels must have shape (b,), got {jnp.shape(noise_levels)}")
-    frequencies = jnp.exp(jnp.linspace(math.log(1.0), math.log(1000.0), emb_dim // 2))
-    angles = 2 * jnp.pi * noise_levels[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def get_norm(norm: str, *, train: bool, dtype: Any, per_token: bool = False) -> Any:
-    """The layer that `norm` names, its habits set: partial of nn.BatchNorm or nn.GroupNorm.
-
-    Under jit with shardings the batch statistics are those of the global batch. `per_token` keeps
-    a group norm from mixing the tokens of a sequence.
-
-    Raises:
-        ValueError: for a norm of another name.
-    """
-    if norm == "batch":
-        return partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.99,
-            epsilon=1e-3,
-            dtype=dtype,
-            # Two passes, as the literal form has it: E[x^2] - E[x]^2 loses digits in float32.
-            use_fast_variance=False,
-        )
-    if norm == "group":
-        axes = (-1,) if per_token else None
-        return partial(
-            nn.GroupNorm,
-            num_groups=None,
-            group_size=GROUP_SIZE,
-            epsilon=1e-5,
-            dtype=dtype,
-            reduction_axes=axes,
-        )
-    raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
-
-
-def attend(
-    queries: Float[Array, "b n d"],
-    keys: Float[Array, "b p d"],
-    values: Float[Array, "b n c"],
-    *,
-    heads: int = 1,
-    scaled: bool = False,
-    mask: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b p c"]:
-    """softmax(k q^T) v, the softmax over the n query positions, in float32.
-
-    The original's roles are kept: what it calls keys are the p places that receive, what it calls
-    queries the n places that are looked at. `scaled` divides by sqrt(d / heads); positions where
-    `mask` is False are not looked at.
-    """
-
-    def split(x):
-        return x.reshape(*x.shape[:-1], heads, -1)
-
-    q, k, v = split(queries), split(keys), split(values)
-    logits = jnp.einsum("bphd,bnhd->bhpn", k, q, preferred_element_type=jnp.float32)
-    if scaled:
-        logits = logits / math.sqrt(q.shape[-1])
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhpn,bnhc->bphc", weights, v).reshape(*keys.shape[:2], -1)
-
-
-class ResidualBlock(nn.Module):
-    """r + Conv3x3(swish(Conv3x3(norm(x)))), r = x, or Conv1x1(x) where the width changes."""
-
-    width: int
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], *, train: bool = False
-    ) -> Float[Array, "b h w width"]:
-        conv = partial(nn.Conv, self.width, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
-        residual = x
-        if x.shape[-1] != self.width:
-            residual = conv(kernel_size=(1, 1), name="residual")(x)
-        h = norm(use_scale=False, use_bias=False, name="norm")(x)
-        h = nn.swish(conv(kernel_size=(3, 3), name="conv_0")(h))
-        return conv(kernel_size=(3, 3), name="conv_1")(h) + residual
-
-
-class SpatialAttention(nn.Module):
-    """Self-attention over the positions of a map; queries and keys have c / key_fraction channels.
-
-    Returns what is to be added to x. The convolutions of size 1 are written as Dense layers.
-    """
-
-    heads: int = 1
-    scaled: bool = False
-    key_fraction: int = 8
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], *, train: bool = False
-    ) -> Float[Array, "b h w c"]:
-        width = x.shape[-1]
-        dense = partial(nn.Dense, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
-        h = norm(name="norm_in")(x).reshape(x.shape[0], -1, width)
-        queries = dense(width // self.key_fraction, name="query")(h)
-        keys = dense(width // self.key_fraction, name="key")(h)
-        values = dense(width, name="value")(h)
-        h = attend(queries, keys, values, heads=self.heads, scaled=self.scaled)
-        h = dense(width, name="out")(h).reshape(x.shape)
-        return norm(name="norm_out")(h)
-
-
-class CrossAttention(nn.Module):
-    """Attention of a map's positions over the conditioning tokens; what is to be added to it.
-
-    With one token the result is that token's value at every position, returned as (b, 1, 1, c) to
-    be broadcast; the queries, the keys and the norm that feeds the keys would get no gradient at
-    all, so they do not exist.
-    """
-
-    heads: int = 1
-    scaled: bool = False
-    key_fraction: int = 8
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        image: Float[Array, "b h w c"],
-        cond: Float[Array, "b n e"],
-        mask: Bool[Array, "b n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "b _ _ c"]:
-        b, height, width_px, width = image.shape
-        dense = partial(nn.Dense, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
-        token_norm = get_norm(self.norm, train=train, dtype=self.dtype, per_token=True)
-        # Batch statistics leave padding out; a group norm looks at one token at a time anyway.
-        statistics = {"mask": mask[..., None]} if self.norm == "batch" and mask is not None else {}
-        tokens = token_norm(name="norm_cond")(cond, **statistics)
-        values = dense(width, name="value")(tokens)
-        if cond.shape[1] == 1:
-            h = values[:, None]
-        else:
-            positions = norm(name="norm_image")(image).reshape(b, -1, width)
-            queries = dense(width // self.key_fraction, name="query")(tokens)
-            keys = dense(width // self.key_fraction, name="key")(positions)
-            h = attend(queries, keys, values, heads=self.heads, scaled=self.scaled, mask=mask)
-            h = h.reshape(b, height, width_px, width)
-        return norm(name="norm_out")(dense(width, name="out")(h))
-
-
-class Unit(nn.Module):
-    """ResidualBlock, then, with attention, x + SpatialAttention(x) and x + CrossAttention(x, cond).
-
-    The step that the whole network repeats: block_depth times at each resolution.
-    """
-
-    width: int
-    attention: bool = True
-    heads: int = 1
-    scaled: bool = False
-    key_fraction: int = 8
-    norm: str = "batch"
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b h w c"],
-        cond: Float[Array, "b n e"],
-        mask: Bool[Array, "b n"] | None = None,
-        *,
-        train: bool = False,
-    ) -> Float[Array, "b h w width"]:
-        layer = {"norm": self.norm, "dtype": self.dtype}
-        x = ResidualBlock(self.width, **layer, name="residual")(x, train=train)
-        if not self.attention:
-            return x
-        layer |= {"heads": self.heads, "scaled": self.scaled, "key_fraction": self.key_fraction}
-        x = x + SpatialAttention(**layer, name="spatial")(x, train=train)
-        return x + CrossAttention(**layer, name="cross")(x, cond, mask, train=train)
-
-
-class DownBlock(nn.Module):
-    """block_depth units, the output of each a skip, then average pooling by 2.
-
-    `unit` is Unit, or a partial of it that fixes its norm, heads and dtype.
-    """
-
-    width: int
-    block_depth: int = 3
-    attention: bool = True
-    unit: Any = Unit
-
-    @nn.compact
-    def __call__(self, x, cond, mask=None, *, train: bool = False):
-        """x (b, h, w, c), cond (b, n, e) => (b, h/2, w/2, width) and the skips (b, h, w, width)."""
-        skips = []
-        for i in range(self.block_depth):
-            x = self.unit(self.width, self.attention, name=f"unit_{i}")(x, cond, mask, train=train)
-            skips.append(x)
-        return nn.avg_pool(x, (2, 2), strides=(2, 2)), skips
-
-
-class UpBlock(nn.Module):
-    """Bilinear upsampling by 2 (half-pixel centres), then a unit for each skip, latest first."""
-
-    width: int
-    attention: bool = True
-    unit: Any = Unit
-
-    @nn.compact
-    def __call__(self, x, skips, cond, mask=None, *, train: bool = False):
-        """x (b, h, w, c), skips (b, 2h, 2w, s) in the order made => (b, 2h, 2w, width)."""
-        b, height, width, channels = x.shape
-        x = jax.image.resize(x, (b, 2 * height, 2 * width, channels), "bilinear")
-        for i, skip in enumerate(reversed(skips)):
-            x = jnp.concatenate([x, skip], axis=-1)
-            x = self.unit(self.width, self.attention, name=f"unit_{i}")(x, cond, mask, train=train)
-        return x
+from ldm_jax.blocks import GROUP_SIZE, NORMS, DownBlock, Unit, UpBlock, sinusoidal_embedding
 
 
 class UNet(nn.Module):
@@ -274,6 +22,7 @@ class UNet(nn.Module):
     heads: int = 1
     scaled: bool = False
     key_fraction: int = 8
+    dropout: float = 0.0
     noise_emb_dim: int = 32
     text_features: int = 256
     dtype: Any = jnp.float32
@@ -294,7 +43,7 @@ class UNet(nn.Module):
             noise_levels: a in [0, 1], one for each sample.
             text_embeddings: one vector for each sample (b, e), or a sequence (b, n, e) in which a
                 row of zeros after the first is padding. All zeros means "no text".
-            train: use the batch's statistics and update the running ones ("batch_stats").
+            train: use the batch's statistics, update the running ones ("batch_stats"), drop out.
 
         Raises:
             ValueError: for shapes that the network was not built for.
@@ -305,6 +54,7 @@ class UNet(nn.Module):
             heads=self.heads,
             scaled=self.scaled,
             key_fraction=self.key_fraction,
+            dropout=self.dropout,
             norm=self.norm,
             dtype=self.dtype,
         )
@@ -373,6 +123,7 @@ def get_network(
     heads: int = 1,
     scaled: bool = False,
     key_fraction: int = 8,
+    dropout: float = 0.0,
     noise_emb_dim: int = 32,
     text_features: int = 256,
     dtype: Any = "float32",
@@ -389,6 +140,8 @@ def get_network(
         heads: attention heads.
         scaled: divide the attention's logits by the square root of a head's width.
         key_fraction: queries and keys have 1 / key_fraction of a map's channels.
+        dropout: share of the activations inside residual blocks zeroed in training, which then
+            needs a key: apply(..., train=True, rngs={"dropout": key}).
         noise_emb_dim: width of the noise level's sinusoidal embedding.
         text_features: width to which text embeddings are projected.
         dtype: compute dtype, "float32" or "bfloat16". Weights are float32 either way.
@@ -420,6 +173,8 @@ def get_network(
             f"widths must be divisible by key_fraction * heads = {key_fraction * heads}, "
             f"got {widths}"
         )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
@@ -433,6 +188,7 @@ def get_network(
         heads=heads,
         scaled=scaled,
         key_fraction=key_fraction,
+        dropout=dropout,
         noise_emb_dim=noise_emb_dim,
         text_features=text_features,
         dtype=dtype,
