@@ -21,9 +21,10 @@ def get_config():
     config.network.heads = 4
     config.network.scaled = True
     config.network.key_fraction = 2
+    config.network.dropout = 0.1
     config.network.dtype = "bfloat16"
 
-    config.noising.noise_law = "uniform"
+    # Over all the levels that the sampler visits.
     config.noising.max_angle = 1.57
 
     config.optimizer.learning_rate = 1e-3
@@ -35,6 +36,7 @@ def get_config():
     config.sampling.class_guidance = 3.0
     config.sampling.mixture = "variance_preserving"
     config.sampling.schedule = "angle"
+    config.sample_every = 10_000
     config.captions = (
         "red apple, Fluent 3D",
         "grinning face, Twemoji",

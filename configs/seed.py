@@ -43,6 +43,7 @@ def get_config():
     config.network.heads = 1
     config.network.scaled = False
     config.network.key_fraction = 8
+    config.network.dropout = 0.0
     config.network.noise_emb_dim = 32
     config.network.text_features = 256
     config.network.dtype = "float32"

@@ -1,0 +1,125 @@
+"""Draws pictures: prompts, a checkpoint => one PNG per picture, and a grid of them.
+
+    python sample.py --prompt="red apple" --prompt="a cat, Fluent 3D" --num=4 --out=pictures
+
+Without --checkpoint it uses the weights that come with the package. A checkpoint alone says which
+VAE, text encoder and scale of the latents it needs.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags, logging
+
+from ldm_jax import checkpoint, sampler
+from ldm_jax.encoders import load_vae
+from ldm_jax.plotting import save_grid, save_png
+from ldm_jax.text import check_prompt, load_text_encoder
+
+
+def sample(
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    checkpoint_folder: str | Path | None = None,
+    num: int = 1,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    batch_size: int = 16,
+) -> list[Path]:
+    """Draws `num` pictures for each prompt and writes them, and "grid.png", to `out`.
+
+    Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
+    The PNG files carry prompt, seed and settings as text.
+
+    Raises:
+        ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), or encoders that are
+            not those of the training.
+    """
+    if not prompts:
+        raise ValueError("at least one prompt is needed, got none")
+    for prompt in prompts:
+        check_prompt(prompt)
+    model = checkpoint.load_model(checkpoint_folder)
+    overrides = {"diffusion_steps": steps, "class_guidance": guidance}
+    settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
+    diffuser = sampler.get_diffuser(model.denoiser, **settings)
+    text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
+    vae = _load(load_vae, model.meta["vae"])
+
+    captions = [prompt for prompt in prompts for _ in range(num)]
+    labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
+    picture_seeds = np.tile(np.arange(seed, seed + num), len(prompts))
+    noise = sampler.sample_seeds(picture_seeds, tuple(model.meta["latent_shape"]))
+
+    images = []
+    for i in range(0, len(captions), batch_size):
+        part = slice(i, i + batch_size)
+        latents = model.scale.restore(diffuser.reverse_diffusion(noise[part], labels[part]))
+        images.append(vae.decode(np.asarray(latents)))
+    images = np.concatenate(images)
+
+    out = Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    described = {k: str(v) for k, v in settings.items()}
+    described["checkpoint"] = str(checkpoint_folder or "bundled")
+    paths = []
+    for i, (caption, picture_seed, image) in enumerate(zip(captions, picture_seeds, images)):
+        path = out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png"
+        save_png(path, image, {"prompt": caption, "seed": str(picture_seed), **described})
+        paths.append(path)
+    save_grid(out / "grid.png", images, captions, columns=num if num > 1 else min(8, len(captions)))
+    return paths
+
+
+def _load(load, identity):
+    """Loads an encoder by its name and makes sure that its weights are the training's."""
+    encoder = load(identity["name"])
+    if identity.get("sha256") not in (None, encoder.identity["sha256"]):
+        raise ValueError(
+            f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
+            f"the one found here has {encoder.identity['sha256']}"
+        )
+    return encoder
+
+
+def _file_stem(prompt):
+    """The prompt in letters that any file system takes."""
+    return re.sub(r"\W+", "-", prompt).strip("-").lower()[:60] or "picture"
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"prompts are given by --prompt=..., got {argv[1:]}")
+    f = flags.FLAGS
+    try:
+        paths = sample(
+            f.prompt,
+            f.out,
+            checkpoint_folder=f.checkpoint,
+            num=f.num,
+            seed=f.seed,
+            steps=f.steps,
+            guidance=f.guidance,
+            batch_size=f.batch_size,
+        )
+    except (ValueError, OSError, ImportError) as error:
+        logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
+        raise SystemExit(f"sample.py: {error}") from error
+    print(f"{len(paths)} pictures and grid.png in {Path(f.out).resolve()}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("prompt", None, "what to draw; may be given several times")
+    flags.DEFINE_string("checkpoint", None, "a run's workdir or an exported model")
+    flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + 1")
+    flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
+    flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
+    flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
+    flags.DEFINE_string("out", "pictures", "folder for the PNG files")
+    flags.mark_flag_as_required("prompt")
+    app.run(main)

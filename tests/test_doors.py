@@ -1,0 +1,273 @@
+"""The doors together: pictures with captions => cache => run => pictures, with the real encoders."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+import encode
+import sample
+import train
+from configs import demo, emoji, seed, tiny
+from ldm_jax import checkpoint
+from ldm_jax.plotting import read_png_metadata
+
+ROOT = Path(train.__file__).parent
+COLOURS = ("red", "green", "blue", "orange")
+SHAPES = ("ellipse", "rectangle")
+
+
+def draw_pictures(folder, n=50):
+    """Coloured shapes on white with captions.csv; every tenth picture is held out."""
+    folder.mkdir()
+    rows = []
+    for i in range(n):
+        colour, shape = COLOURS[i % 4], SHAPES[i // 4 % 2]
+        image = Image.new("RGB", (64, 64), "white")
+        getattr(ImageDraw.Draw(image), shape)((8 + i % 7, 8, 50, 40 + i % 11), fill=colour)
+        image.save(folder / f"{i:02d}.png")
+        split = "valid" if i % 10 == 9 else "train"
+        rows.append((f"{i:02d}.png", f"a {colour} {shape}", split))
+    with open(folder / "captions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text", "split"), *rows])
+
+
+def get_config(root, **changes):
+    """configs/tiny.py on that folder, at half its picture size."""
+    config = tiny.get_config()
+    config.update(
+        {
+            "data": {"source": "folder", "path": str(root / "pictures"), "image_size": 64},
+            "network": {"latent_image_size": 8},
+            "captions": ("a red ellipse", "a blue rectangle"),
+        }
+    )
+    config.data.cache = str(root / "cache")
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with pictures, their cache, and a run of 20 steps."""
+    root = tmp_path_factory.mktemp("doors")
+    draw_pictures(root / "pictures")
+    encode.encode(get_config(root), progress=False)
+    train.train(get_config(root), root / "run")
+    return root
+
+
+def test_a_run_leaves_its_log_config_checkpoints_and_samples(root):
+    run = root / "run"
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    assert all(0 < line["loss"] < 2 and line["images_per_second"] > 0 for line in lines)
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [10, 20]
+    assert json.loads((run / "config.json").read_text())["network"]["widths"] == [16, 32, 32]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "20"]
+    assert [p.name for p in (run / "samples").iterdir()] == ["0000020.png"]
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_the_loss_falls_below_that_of_predicting_zero(root):
+    lines = [json.loads(line) for line in (root / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+def test_resume_equals_an_uninterrupted_run(root):
+    # The schedule belongs to the whole run, so the first half is the same config, cut short.
+    config = get_config(root)
+    half = root / "half"
+    with pytest.raises(KeyboardInterrupt):
+        stop_at(15, config, half)
+    assert checkpoint.open_checkpoints(half / "checkpoints").latest_step() == 10
+    resumed = train.train(config, half)
+    whole = train.train(config, root / "run")  # Complete: returns the newest state.
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
+
+
+def stop_at(step, config, workdir):
+    """Trains, and interrupts as Ctrl-C would when the line of `step` is logged."""
+
+    class Interrupted(train.RunLog):
+        def write(self, at, values):
+            super().write(at, values)
+            if at == step:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "RunLog", Interrupted)
+        train.train(config, workdir)
+
+
+def test_pictures_are_drawn_from_the_checkpoint_alone(root, tmp_path):
+    prompts = ["a red ellipse", "a green rectangle"]
+    paths = sample.sample(prompts, tmp_path, checkpoint_folder=root / "run", num=2, seed=5)
+    assert [p.name for p in paths] == [
+        "000-a-red-ellipse-5.png",
+        "000-a-red-ellipse-6.png",
+        "001-a-green-rectangle-5.png",
+        "001-a-green-rectangle-6.png",
+    ]
+    assert all(Image.open(path).size == (64, 64) for path in paths)
+    assert (tmp_path / "grid.png").exists()
+    metadata = read_png_metadata(paths[3])
+    assert metadata["prompt"] == "a green rectangle"
+    assert metadata["seed"] == "6"
+    assert metadata["diffusion_steps"] == "5"
+    assert metadata["checkpoint"] == str(root / "run")
+
+
+def test_a_picture_is_drawn_again_alone_from_its_seed(root, tmp_path):
+    run = {"checkpoint_folder": root / "run"}
+    prompts = ["a red ellipse", "a green rectangle"]
+    together = sample.sample(prompts, tmp_path / "a", num=2, seed=5, **run)
+    alone = sample.sample(["a green rectangle"], tmp_path / "b", num=1, seed=6, **run)
+    one, other = (np.asarray(Image.open(p), np.int16) for p in (together[3], alone[0]))
+    assert np.abs(one - other).max() <= 1
+
+
+def test_steps_and_guidance_override_the_checkpoint(root, tmp_path):
+    options = {"checkpoint_folder": root / "run", "steps": 3, "guidance": 0.0}
+    paths = sample.sample(["a red ellipse", "a blue ellipse"], tmp_path, **options)
+    metadata = read_png_metadata(paths[0])
+    assert (metadata["diffusion_steps"], metadata["class_guidance"]) == ("3", "0.0")
+    # Without guidance by the text, two prompts give the same picture.
+    one, other = (np.asarray(Image.open(p), np.int16) for p in paths)
+    assert np.abs(one - other).max() <= 1
+
+
+def test_a_pair_of_npy_files_is_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "latents.npy", rng.normal(size=(64, 8, 8, 4)).astype(np.float32))
+    np.save(tmp_path / "text.npy", rng.normal(size=(64, 512)).astype(np.float32))
+    config = get_config(tmp_path, steps=5)
+    config.data.source = "npy"
+    config.data.path = f"{tmp_path / 'latents.npy'},{tmp_path / 'text.npy'}"
+    config.latents.normalisation = "global"
+    config.latents.deviations = 2.5
+    encode.encode(config, progress=False)
+    state = train.train(config, tmp_path / "run")
+    assert int(state.step) == 5
+    model = checkpoint.load_model(tmp_path / "run")
+    train_split = np.load(tmp_path / "cache" / "split.npy") == 0
+    latents = np.load(tmp_path / "latents.npy")[train_split]
+    np.testing.assert_allclose(model.scale.std_latent, 2.5 * latents.std(), rtol=1e-3)
+    paths = sample.sample(["anything"], tmp_path / "out", checkpoint_folder=tmp_path / "run")
+    assert paths[0].exists()
+
+
+@pytest.mark.parametrize("file", [seed, emoji, demo, tiny])
+def test_every_key_of_a_config_is_declared_in_seed(file):
+    def keys(config, prefix=""):
+        for key, value in config.items():
+            yield prefix + key
+            if hasattr(value, "items"):
+                yield from keys(value, f"{prefix}{key}.")
+
+    assert set(keys(file.get_config())) == set(keys(seed.get_config()))
+    with pytest.raises(AttributeError):
+        file.get_config().steps_ = 1
+
+
+def test_nan_stops_the_run_and_names_the_steps(root, tmp_path):
+    config = get_config(root)
+    config.optimizer.learning_rate = float("inf")
+    config.optimizer.clip_norm = 0.0
+    config.optimizer.warmup_steps = 0
+    with pytest.raises(FloatingPointError, match=r"the loss became nan at step 2 \(steps 1 to 5"):
+        train.train(config, tmp_path)
+    assert checkpoint.open_checkpoints(tmp_path / "checkpoints").latest_step() is None
+
+
+def test_a_checkpoint_of_another_network_is_not_gone_on_with(root):
+    config = get_config(root)
+    config.network.block_depth = 2
+    with pytest.raises(ValueError, match="network.block_depth is 1 there, 2 here"):
+        train.train(config, root / "run")
+
+
+def test_a_network_of_other_sizes_than_the_cache_is_refused(root, tmp_path):
+    config = get_config(root)
+    config.network.latent_image_size = 16
+    with pytest.raises(ValueError, match=r"built for latents of shape \(16, 16, 4\)"):
+        train.train(config, tmp_path)
+    config = get_config(root)
+    config.network.emb_size = 384
+    with pytest.raises(ValueError, match="emb_size is 384, .* holds text embeddings of width 512"):
+        train.train(config, tmp_path)
+
+
+def test_a_cache_of_another_text_encoder_is_refused(root, tmp_path):
+    manifest_file = root / "cache" / "manifest.json"
+    text = manifest_file.read_text()
+    manifest = json.loads(text)
+    manifest["text_encoder"]["sha256"] = "00"
+    manifest_file.write_text(json.dumps(manifest))
+    try:
+        with pytest.raises(ValueError, match="must have been made with the text_encoder"):
+            train.train(get_config(root), tmp_path)
+    finally:
+        manifest_file.write_text(text)
+
+
+def test_a_missing_cache_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make it with encode.py"):
+        train.train(get_config(tmp_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "at least one prompt"),
+        (["  "], "empty"),
+        (["x" * 10_000], "1000"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn_are_refused(root, tmp_path, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        sample.sample(prompts, tmp_path / "out", checkpoint_folder=root / "run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_vae_than_the_trainings_is_refused(root, tmp_path):
+    model = checkpoint.load_model(root / "run")
+    model.meta["vae"]["sha256"] = "00"
+    checkpoint.export_model(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="was trained with bundled:emoji of digest 00"):
+        sample.sample(["a"], tmp_path / "out", checkpoint_folder=tmp_path / "model")
+
+
+def run_door(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.slow
+def test_a_misspelt_key_or_flag_ends_the_doors(tmp_path):
+    key = run_door(
+        "train.py", "--config=configs/tiny.py", f"--workdir={tmp_path}", "--config.stepz=3"
+    )
+    assert key.returncode != 0 and "stepz" in key.stderr
+    flag = run_door("sample.py", "--prompts=a")
+    assert flag.returncode != 0 and "prompts" in flag.stderr
+    missing = run_door("sample.py", "--prompt=a", f"--checkpoint={tmp_path / 'none'}")
+    assert missing.returncode == 1
+    assert missing.stderr.strip().splitlines()[-1].startswith("sample.py: no such checkpoint")
+
+
+@pytest.mark.slow
+def test_importing_the_package_loads_jax_alone():
+    code = "import sys, ldm_jax; print([m for m in sys.modules if m in %r])" % (
+        ["torch", "diffusers", "transformers", "matplotlib", "PIL", "keras", "tensorboardX"],
+    )
+    result = run_door("-c", code)
+    assert result.stdout.strip() == "[]", result.stderr

@@ -1,0 +1,168 @@
+"""Trains a denoiser: latent cache, config => checkpoints, logs and sample grids in a workdir.
+
+    python train.py --config=configs/emoji.py --workdir=runs/emoji [--config.batch_size=256 ...]
+
+The same command again goes on from the newest checkpoint.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ldm_jax import checkpoint, data, sampler, sharding, training
+from ldm_jax.encoders import load_vae
+from ldm_jax.latents import get_latent_scale
+from ldm_jax.noising import get_process
+from ldm_jax.plotting import save_grid
+from ldm_jax.runlog import RunLog
+from ldm_jax.text import load_text_encoder
+from ldm_jax.unet import get_network
+
+
+def train(config: Any, workdir: str | Path) -> training.TrainState:
+    """Runs `config` up to its last step, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+        config: with the keys that configs/seed.py declares.
+        workdir: gets config.json, log.jsonl, checkpoints/, samples/ and tensorboard/.
+
+    Raises:
+        FloatingPointError: when the loss is no longer a number.
+        ValueError: for settings that do not fit together, or a checkpoint of another model.
+    """
+    workdir = Path(workdir).expanduser()
+    settings = config.to_dict()
+
+    # Encoders and data.
+    vae, text_encoder = load_vae(config.encoders.vae), load_text_encoder(config.encoders.text)
+    cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
+    _check_shapes(config.network, cache)
+    scale = get_latent_scale(cache.manifest, **settings["latents"])
+    mesh = sharding.get_mesh()
+
+    # Network, optimizer, steps.
+    network = get_network(**settings["network"])
+    process = get_process(**settings["noising"])
+    optimizer = training.get_optimizer(steps=config.steps, **settings["optimizer"])
+    train_step = training.get_train_step(network, optimizer, scale, process, **settings["training"])
+    eval_step = training.get_eval_step(network, scale, process)
+    init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+    meta = checkpoint.create_meta(
+        network=settings["network"],
+        noising=settings["noising"],
+        sampling=settings["sampling"],
+        scale=scale,
+        vae=vae.identity,
+        text_encoder=text_encoder.identity,
+        latent_shape=cache.latent_shape,
+        embedding_shape=cache.embedding_shape,
+    )
+
+    # State: the newest checkpoint's, or a fresh one.
+    manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    create_state = jax.jit(
+        lambda key: training.create_train_state(
+            key, network, optimizer, cache.latent_shape, cache.embedding_shape
+        ),
+        out_shardings=sharding.replicated(mesh),
+    )
+    state = checkpoint.restore_checkpoint(manager, create_state.eval_shape(init_key), meta)
+    state = create_state(init_key) if state is None else state
+    start = int(state.step)
+    (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    logging.info(
+        "%.2f M weights, %d training examples, %d devices (%s), %s",
+        sum(x.size for x in jax.tree.leaves(state.params)) / 1e6,
+        cache.num_examples("train"),
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        f"going on from step {start}" if start else "starting",
+    )
+
+    # Pictures and held-out loss: always the same captions, seeds and noise.
+    captions = list(config.captions)
+    labels = text_encoder(captions)
+    seeds = sampler.sample_seeds(range(len(captions)), cache.latent_shape)
+
+    def draw_samples(state):
+        denoiser = sampler.Denoiser(network, state.ema_variables)
+        diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
+        return vae.decode(np.asarray(scale.restore(diffuser.reverse_diffusion(seeds, labels))))
+
+    def held_out_loss(state):
+        losses = []
+        for k in range(-(-cache.num_examples("valid") // config.batch_size)):
+            batch = cache.batch(0, k, config.batch_size, "valid")
+            key = jax.random.fold_in(eval_key, k)
+            losses.append(eval_step(state, key, sharding.shard_batch(mesh, batch)))
+        return float(np.mean(jax.device_get(losses)))
+
+    def due(step, every):
+        return step == config.steps or step % every == 0
+
+    # The loop.
+    batches = sharding.feed_batches(
+        mesh,
+        lambda k: cache.batch(config.seed, k, config.batch_size, "train", dtype=np.float16),
+        range(start, config.steps),
+    )
+    with manager, RunLog(workdir, config.steps, start, config.batch_size) as log:
+        for step in range(start + 1, config.steps + 1):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            state, metrics = train_step(state, step_key, batch)
+            log.add_step(metrics, waited)
+
+            save = due(step, config.save_every)
+            values = log.close_window(step) if save or due(step, config.log_every) else {}
+            if due(step, config.eval_every) and cache.num_examples("valid"):
+                values["held_out_loss"] = held_out_loss(state)
+            if due(step, config.sample_every):
+                images = draw_samples(state)
+                save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
+                log.write_images(step, images, captions)
+            if save:
+                checkpoint.save_checkpoint(manager, state, meta)
+            if values:
+                log.write(step, values)
+                log.restart_clock()
+    return state
+
+
+def _check_shapes(network, cache):
+    """The network must have been sized for what the cache holds."""
+    wanted = (network.latent_image_size, network.latent_image_size, network.latent_channels)
+    if wanted != cache.latent_shape:
+        raise ValueError(
+            f"config.network is built for latents of shape {wanted}, "
+            f"the cache {cache.folder} holds {cache.latent_shape}"
+        )
+    if network.emb_size != cache.embedding_shape[-1]:
+        raise ValueError(
+            f"config.network.emb_size is {network.emb_size}, the cache {cache.folder} holds text "
+            f"embeddings of width {cache.embedding_shape[-1]}"
+        )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    try:
+        train(flags.FLAGS.config, flags.FLAGS.workdir)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
+        raise SystemExit(f"train.py: {error}") from error
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "config file", lock_config=True)
+    flags.DEFINE_string("workdir", None, "folder of the run")
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
