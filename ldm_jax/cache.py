@@ -1,4 +1,5 @@
 """Where downloaded packages and weights are kept: environment => a folder."""
+
 import os
 from pathlib import Path
 

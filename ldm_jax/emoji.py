@@ -1,4 +1,5 @@
 """Emoji sets from npm packages => a folder of 128x128 pictures on white with metadata.jsonl."""
+
 import errno
 import hashlib
 import json
@@ -31,8 +32,9 @@ LAYOUT = 1  # Raise it when the drawing changes, so that old pictures are drawn 
 MANY = 200  # Fewer pictures than this are drawn without starting other processes.
 
 
-def draw_emoji(folder: str | Path, styles: Sequence[str] = DEFAULT_STYLES,
-               progress: bool = True) -> Path:
+def draw_emoji(
+    folder: str | Path, styles: Sequence[str] = DEFAULT_STYLES, progress: bool = True
+) -> Path:
     """Draws emoji pictures with captions and splits into a folder, once.
 
     A finished folder is returned as it is; an interrupted one is finished. A concept (an emoji
@@ -59,8 +61,11 @@ def draw_emoji(folder: str | Path, styles: Sequence[str] = DEFAULT_STYLES,
     chosen = [STYLES[key] for key in dict.fromkeys(styles)]
     stamps = {style.key: _get_stamp(style) for style in chosen}
     seal = folder / "drawn.json"
-    if (seal.exists() and json.loads(seal.read_text()) == stamps
-            and all((folder / style.key).is_dir() for style in chosen)):
+    if (
+        seal.exists()
+        and json.loads(seal.read_text()) == stamps
+        and all((folder / style.key).is_dir() for style in chosen)
+    ):
         return folder
     if find_spec("resvg_py") is None:
         raise RuntimeError("drawing emoji needs resvg-py: `pip install resvg-py`")
@@ -80,8 +85,11 @@ def draw_emoji(folder: str | Path, styles: Sequence[str] = DEFAULT_STYLES,
 
 def get_credits(styles: Sequence[Style]) -> str:
     """The credit lines that the pictures' licences ask for, as Markdown."""
-    lines = [f"- {style.key}: {style.credit}; {style.licence}; npm {style.package} "
-             f"{style.version}. Drawn at {SIZE}x{SIZE} on white." for style in styles]
+    lines = [
+        f"- {style.key}: {style.credit}; {style.licence}; npm {style.package} "
+        f"{style.version}. Drawn at {SIZE}x{SIZE} on white."
+        for style in styles
+    ]
     names = f"- names: Unicode CLDR, through npm {NAMES[0]} {NAMES[1]} (MIT)."
     return "\n".join(["# Credits of these pictures", "", *lines, names, ""])
 
@@ -116,8 +124,10 @@ def _draw_style(folder: Path, style: Style, progress: bool) -> list[dict]:
     skipped = _draw_pictures(style, part, sources, progress)
     kept = _choose(part, [emoji[key] for key in sources if key not in skipped])
     if len(kept) < style.fewest:
-        raise RuntimeError(f"{style.package} {style.version} must give at least {style.fewest} "
-                           f"pictures, got {len(kept)} ({len(skipped)} could not be drawn)")
+        raise RuntimeError(
+            f"{style.package} {style.version} must give at least {style.fewest} "
+            f"pictures, got {len(kept)} ({len(skipped)} could not be drawn)"
+        )
     records = [_get_record(style, e) for e in kept]
     drawn = {"stamp": stamp, "skipped": skipped, "records": records}
     _write(part / "drawn.json", json.dumps(drawn, ensure_ascii=False).encode())
@@ -131,19 +141,33 @@ def _draw_style(folder: Path, style: Style, progress: bool) -> list[dict]:
 
 def _get_record(style: Style, emoji: Emoji) -> dict:
     concept = get_concept(emoji.key)
-    return {"file_name": f"{style.key}/{emoji.key}.png",
-            "text": [f"{emoji.name}, {style.phrase}", emoji.name],
-            "split": assign_cell(style.key, concept), "concept": concept, "style": style.key}
+    return {
+        "file_name": f"{style.key}/{emoji.key}.png",
+        "text": [f"{emoji.name}, {style.phrase}", emoji.name],
+        "split": assign_cell(style.key, concept),
+        "concept": concept,
+        "style": style.key,
+    }
 
 
-def _draw_pictures(style: Style, part: Path, sources: dict[str, str | Path],
-                   progress: bool) -> dict[str, str]:
+def _draw_pictures(
+    style: Style, part: Path, sources: dict[str, str | Path], progress: bool
+) -> dict[str, str]:
     """Draws what is not there yet; returns what could not be drawn, and why."""
     from tqdm import tqdm
-    jobs = [(source, part / f"{key}.png") for key, source in sources.items()
-            if not (part / f"{key}.png").exists()]
-    bar = tqdm(total=len(sources), initial=len(sources) - len(jobs), desc=f"drawing {style.key}",
-               unit="picture", disable=not progress)
+
+    jobs = [
+        (source, part / f"{key}.png")
+        for key, source in sources.items()
+        if not (part / f"{key}.png").exists()
+    ]
+    bar = tqdm(
+        total=len(sources),
+        initial=len(sources) - len(jobs),
+        desc=f"drawing {style.key}",
+        unit="picture",
+        disable=not progress,
+    )
     skipped = {}
     with bar:
         for (_, path), fault in zip(jobs, _run(jobs), strict=True):
@@ -158,8 +182,10 @@ def _draw_pictures(style: Style, part: Path, sources: dict[str, str | Path],
 
 def _run(jobs: list[tuple[str | Path, Path]]) -> Iterator[str]:
     """Runs draw_picture over all jobs in order, on all cores where that pays."""
-    cores = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                else os.cpu_count() or 1, 16)
+    cores = min(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        16,
+    )
     if cores == 1 or len(jobs) < MANY:
         yield from map(draw_picture, jobs)
         return
@@ -167,8 +193,10 @@ def _run(jobs: list[tuple[str | Path, Path]]) -> Iterator[str]:
         with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
             yield from pool.map(draw_picture, jobs, chunksize=16)
     except BrokenProcessPool as error:
-        raise RuntimeError("the drawing processes died; a script that draws emoji needs its call "
-                           "under `if __name__ == '__main__':`") from error
+        raise RuntimeError(
+            "the drawing processes died; a script that draws emoji needs its call "
+            "under `if __name__ == '__main__':`"
+        ) from error
 
 
 def draw_picture(job: tuple[str | Path, Path]) -> str:
@@ -183,10 +211,12 @@ def draw_picture(job: tuple[str | Path, Path]) -> str:
     import io
 
     from PIL import Image
+
     source, path = job
     try:
         if isinstance(source, str):
             import resvg_py
+
             source = io.BytesIO(resvg_py.svg_to_bytes(svg_string=source, skip_system_fonts=True))
         with Image.open(source) as opened:
             picture = opened.convert("RGBA")
@@ -210,8 +240,10 @@ def _choose(part: Path, emoji: Sequence[Emoji]) -> list[Emoji]:
         path = part / f"{e.key}.png"
         if get_concept(e.key) != FAMILY or not _is_grey(path):
             by_picture[hashlib.sha256(path.read_bytes()).digest()].append(e)
-    kept = {min(same, key=lambda e: (e.key.count("-"), count_genders(e.key), len(e.name)))
-            for same in by_picture.values()}
+    kept = {
+        min(same, key=lambda e: (e.key.count("-"), count_genders(e.key), len(e.name)))
+        for same in by_picture.values()
+    }
     for e in emoji:
         if e not in kept:
             (part / f"{e.key}.png").unlink()
@@ -221,6 +253,7 @@ def _choose(part: Path, emoji: Sequence[Emoji]) -> list[Emoji]:
 def _is_grey(path: Path) -> bool:
     import numpy as np
     from PIL import Image
+
     with Image.open(path) as picture:
         colours = np.asarray(picture, np.int16)
     return bool(np.ptp(colours, axis=-1).max() < 32)

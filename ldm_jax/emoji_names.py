@@ -1,4 +1,5 @@
 """What an emoji is called: code points and CLDR labels => keys, concepts and caption names."""
+
 import re
 import unicodedata
 
@@ -8,10 +9,20 @@ FACING_RIGHT = "27a1"
 JOINER = "200d"
 # Man, woman => person; boy, girl => child; and the same for the pairs that have single code points.
 WITHOUT_GENDER = {
-    "1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2",
-    "1f474": "1f9d3", "1f475": "1f9d3", "1f934": "1fac5", "1f478": "1fac5",
-    "1f930": "1fac4", "1fac3": "1fac4", "1f57a": "1f483", "1f936": "1f385",
-    "1f46b": "1f46c", "1f46d": "1f46c",
+    "1f468": "1f9d1",
+    "1f469": "1f9d1",
+    "1f466": "1f9d2",
+    "1f467": "1f9d2",
+    "1f474": "1f9d3",
+    "1f475": "1f9d3",
+    "1f934": "1fac5",
+    "1f478": "1fac5",
+    "1f930": "1fac4",
+    "1fac3": "1fac4",
+    "1f57a": "1f483",
+    "1f936": "1f385",
+    "1f46b": "1f46c",
+    "1f46d": "1f46c",
 }
 # Sequences of people that have a code point of their own as well.
 SAME_CONCEPT = {
@@ -23,17 +34,47 @@ SAME_CONCEPT = {
 FAMILY = "1f46a"
 # Territories that fly another emoji's flag: BV, CP, DG, EA, HM, MF, SJ, UM.
 BORROWED_FLAGS = {
-    "1f1e7-1f1fb", "1f1e8-1f1f5", "1f1e9-1f1ec", "1f1ea-1f1e6", "1f1ed-1f1f2", "1f1f2-1f1eb",
-    "1f1f8-1f1ef", "1f1fa-1f1f2",
+    "1f1e7-1f1fb",
+    "1f1e8-1f1f5",
+    "1f1e9-1f1ec",
+    "1f1ea-1f1e6",
+    "1f1ed-1f1f2",
+    "1f1f2-1f1eb",
+    "1f1f8-1f1ef",
+    "1f1fa-1f1f2",
 }
 
 SIGNS = {  # Labels that mean something else, or nothing, without a word more.
     **{key: "zodiac sign" for key in [f"{code:x}" for code in range(0x2648, 0x2654)] + ["26ce"]},
-    **dict.fromkeys(["2139", "26a0", "26d4", "1f6ab", "2622", "2623", "1f6c2", "1f6c3", "1f6c4",
-                     "1f6c5", "1f6d0", "1f6bb", "1f6be", "2716", "2795", "2796", "2797", "a9",
-                     "2122", "1f6b0", "1f6b1"], "sign"),
-    **dict.fromkeys(["1f549", "267e", "2747", "1faaf", "1f3a6", "1f6dc", "ae", "1f4ab", "1f4a4"],
-                    "symbol"),
+    **dict.fromkeys(
+        [
+            "2139",
+            "26a0",
+            "26d4",
+            "1f6ab",
+            "2622",
+            "2623",
+            "1f6c2",
+            "1f6c3",
+            "1f6c4",
+            "1f6c5",
+            "1f6d0",
+            "1f6bb",
+            "1f6be",
+            "2716",
+            "2795",
+            "2796",
+            "2797",
+            "a9",
+            "2122",
+            "1f6b0",
+            "1f6b1",
+        ],
+        "sign",
+    ),
+    **dict.fromkeys(
+        ["1f549", "267e", "2747", "1faaf", "1f3a6", "1f6dc", "ae", "1f4ab", "1f4a4"], "symbol"
+    ),
 }
 RENAMED = {"#": "hash", "*": "asterisk"}
 
@@ -67,7 +108,7 @@ def count_genders(key: str) -> int:
 
 def get_name(key: str, label: str) -> str:
     """A caption that says what the picture shows, made from the CLDR label."""
-    label = label.translate(str.maketrans("’“”", "'\"\""))
+    label = label.translate(str.maketrans("’“”", '\'""'))
     head, _, tail = label.partition(": ")
     if head == "flag":
         return f"flag of {tail}"

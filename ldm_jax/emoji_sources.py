@@ -1,4 +1,5 @@
 """Emoji packages => names, and the SVG document or file that each picture is drawn from."""
+
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ COMPONENTS = 2  # emojibase's group of skin tones and hair; regional indicators 
 
 class Style(NamedTuple):
     """One way of drawing emoji: where it comes from and what is owed to whom."""
+
     key: str  # folder name
     package: str  # npm name
     version: str
@@ -24,21 +26,66 @@ class Style(NamedTuple):
     credit: str
 
 
-STYLES = {style.key: style for style in (
-    Style("twemoji", "@iconify-json/twemoji", "1.2.5", "Twemoji", 1850, "CC-BY-4.0",
-          "Twemoji, (c) Twitter, Inc and other contributors, https://github.com/jdecked/twemoji"),
-    Style("noto", "@iconify-json/noto", "1.2.9", "Noto", 1550, "Apache-2.0",
-          "Noto Emoji, (c) Google Inc, https://github.com/googlefonts/noto-emoji"),
-    Style("blob", "@iconify-json/noto-v1", "1.2.5", "blob", 1150, "Apache-2.0",
-          "Noto Emoji v1 (blobs), (c) Google Inc, https://github.com/googlefonts/noto-emoji"),
-    Style("fluent-flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "Fluent flat", 1500, "MIT",
-          "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji"),
-    Style("fluent-3d", "@lobehub/fluent-emoji-3d", "1.1.0", "Fluent 3D", 1750, "MIT",
-          "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji,"
-          " packed by LobeHub, https://github.com/lobehub/fluent-emoji"),
-    Style("emojione", "@iconify-json/emojione", "1.2.3", "EmojiOne", 1150, "CC-BY-4.0",
-          "EmojiOne 2.3 / EmojiTwo, https://github.com/EmojiTwo/emojitwo"),
-)}
+STYLES = {
+    style.key: style
+    for style in (
+        Style(
+            "twemoji",
+            "@iconify-json/twemoji",
+            "1.2.5",
+            "Twemoji",
+            1850,
+            "CC-BY-4.0",
+            "Twemoji, (c) Twitter, Inc and other contributors, https://github.com/jdecked/twemoji",
+        ),
+        Style(
+            "noto",
+            "@iconify-json/noto",
+            "1.2.9",
+            "Noto",
+            1550,
+            "Apache-2.0",
+            "Noto Emoji, (c) Google Inc, https://github.com/googlefonts/noto-emoji",
+        ),
+        Style(
+            "blob",
+            "@iconify-json/noto-v1",
+            "1.2.5",
+            "blob",
+            1150,
+            "Apache-2.0",
+            "Noto Emoji v1 (blobs), (c) Google Inc, https://github.com/googlefonts/noto-emoji",
+        ),
+        Style(
+            "fluent-flat",
+            "@iconify-json/fluent-emoji-flat",
+            "1.2.6",
+            "Fluent flat",
+            1500,
+            "MIT",
+            "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
+        ),
+        Style(
+            "fluent-3d",
+            "@lobehub/fluent-emoji-3d",
+            "1.1.0",
+            "Fluent 3D",
+            1750,
+            "MIT",
+            "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji,"
+            " packed by LobeHub, https://github.com/lobehub/fluent-emoji",
+        ),
+        Style(
+            "emojione",
+            "@iconify-json/emojione",
+            "1.2.3",
+            "EmojiOne",
+            1150,
+            "CC-BY-4.0",
+            "EmojiOne 2.3 / EmojiTwo, https://github.com/EmojiTwo/emojitwo",
+        ),
+    )
+}
 DEFAULT_STYLES = tuple(STYLES)
 # Packages that map code points to icon names, for the packages that do not.
 NAME_GUIDES = ("twemoji", "noto", "fluent-flat")
@@ -48,6 +95,7 @@ REDRAWN = {"1f52b"}  # A revolver in the old sets, a water pistol by its name to
 
 class Emoji(NamedTuple):
     """One emoji, whatever its style."""
+
     key: str  # code points, see normalise_key
     name: str  # caption
     label: str  # CLDR short name
@@ -114,8 +162,11 @@ def _match_names(icons: dict, emoji: Sequence[Emoji]) -> dict[str, str]:
     matches = {}
     for key, names in guesses.items():
         own = [name for name in names if name in icons["icons"]]
-        by_alias = [name for name in names if name in icons.get("aliases", {})
-                    and icons["aliases"][name]["parent"] not in taken]
+        by_alias = [
+            name
+            for name in names
+            if name in icons.get("aliases", {}) and icons["aliases"][name]["parent"] not in taken
+        ]
         if own or by_alias:
             matches[key] = (own or by_alias)[0]
     return matches
@@ -132,7 +183,7 @@ def _get_svg(icons: dict, name: str) -> str:
     body = icon["body"]
     if flip:
         body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
-    return ('<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {width} {height}">{body}</svg>')
-
-
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{SIZE}" height="{SIZE}" viewBox="0 0 {width} {height}">{body}</svg>'
+    )

@@ -87,7 +87,7 @@ def encode_pictures(
         partial / "captions", captions, CAPTIONS_PER_CHUNK, embed, ["embeddings"], progress
     )
     distinct = partial / "embeddings.npy"
-    save_rows(distinct, len(captions), (np.load(path) for path, in chunks))
+    save_rows(distinct, len(captions), (np.load(path) for (path,) in chunks))
 
     # Pictures.
     with ThreadPoolExecutor() as pool:

@@ -1,4 +1,5 @@
 """Packages of pictures from the npm registry: name and version => an unpacked folder."""
+
 import shutil
 import subprocess
 import sys
