@@ -1,22 +1,22 @@
-"""Two minutes on two cores: a small network on one style, for `./run demo`."""
+"""A few minutes on two cores: a small network on one style, for `./run demo`."""
 
 from configs import emoji
 
 
 def get_config():
     config = emoji.get_config()
-    config.steps = 1_200
+    config.steps = 600
     config.batch_size = 64
     config.data.styles = ("twemoji",)
     config.network.block_depth = 1
-    config.network.widths = (48, 96, 128)
+    config.network.widths = (32, 64, 96)
     config.network.dtype = "float32"
     config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_steps = 50
     config.training.ema_decay = 0.99
     config.sampling.diffusion_steps = 30
     config.log_every = 50
     config.eval_every = 200
-    config.sample_every = 600
-    config.save_every = 600
+    config.sample_every = 300
+    config.save_every = 300
     return config

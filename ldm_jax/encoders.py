@@ -4,6 +4,7 @@ Arrays are NHWC and float32 on the outside; NCHW exists only in here. No scaling
 in either direction (the 0.18215 of Stable Diffusion): `std_latent` does the scaling.
 """
 
+import functools
 import hashlib
 import importlib.resources
 import json
@@ -17,6 +18,7 @@ from jaxtyping import Float, Shaped
 from tqdm import tqdm
 
 BUNDLED = {"bundled:emoji": "vae_emoji"}
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 NEEDED = (
     "A VAE is a folder that must hold config.json and diffusion_pytorch_model.safetensors, as "
@@ -198,7 +200,7 @@ def load_vae(name: str | Path, device: Any = None, dtype: str = "float32") -> VA
 def decode_latents(
     latents: Float[np.ndarray, "n h w c"],
     std_latent: float | Float[np.ndarray, " c"],
-    vae: VAE,
+    vae: VAE | str = DEFAULT_VAE,
     mean_latent: float | Float[np.ndarray, " c"] = 0.0,
     batch_size: int = 16,
     progress: bool = False,
@@ -208,19 +210,24 @@ def decode_latents(
     Args:
         latents: as the denoiser gives them, (raw - mean_latent) / std_latent.
         std_latent: one number, or one for each channel.
-        vae: from `load_vae`.
+        vae: from `load_vae`, or a name for it, by which the VAE is loaded once and kept.
         mean_latent: one number, or one for each channel.
         batch_size, progress: as in `VAE.encode`.
 
     Raises:
         ValueError: for statistics of another shape, and what `VAE.decode` refuses.
     """
+    if not isinstance(vae, VAE):
+        vae = _load_once(vae)
     scale, shift = np.asarray(std_latent, np.float32), np.asarray(mean_latent, np.float32)
     for label, value in (("std_latent", scale), ("mean_latent", shift)):
         if value.shape not in ((), (vae.latent_channels,)):
             needed = f"a number or of shape ({vae.latent_channels},)"
             raise ValueError(f"{label} must be {needed}, got shape {value.shape}")
     return vae.decode(vae.check_latents(latents) * scale + shift, batch_size, progress)
+
+
+_load_once = functools.lru_cache(maxsize=1)(load_vae)
 
 
 def _find(name: str) -> tuple[str, str]:

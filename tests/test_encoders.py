@@ -15,6 +15,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from ldm_jax import encoders
 from ldm_jax.encoders import VAE, decode_latents, load_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -146,6 +147,15 @@ def test_decode_latents_scales_and_shifts_by_channel(vae):
     np.testing.assert_allclose(
         decode_latents(latents, 2.5, vae), vae.decode(latents * np.float32(2.5)), atol=1e-5
     )
+
+
+def test_decode_latents_takes_a_name_and_loads_it_once(monkeypatch):
+    encoders._load_once.cache_clear()
+    loaded = []
+    monkeypatch.setattr(VAE, "decode", lambda self, *args: loaded.append(self))
+    for _ in range(2):
+        decode_latents(np.ones((1, 2, 2, 4), np.float32), 2.5, "bundled:emoji")
+    assert loaded[0] is loaded[1] and loaded[0].identity["name"] == "bundled:emoji"
 
 
 def test_decode_latents_refuses_statistics_of_other_channels(vae):
