@@ -1,0 +1,272 @@
+"""The network's layers against numpy: embedding, norms, attention, pooling and upsampling."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.blocks import (
+    CrossAttention,
+    DownBlock,
+    ResidualBlock,
+    SpatialAttention,
+    UpBlock,
+    attend,
+    get_norm,
+    sinusoidal_embedding,
+)
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def draw_variables(variables, seed=0):
+    """Random values for all weights and statistics, variances positive."""
+    rng = np.random.default_rng(seed)
+
+    def draw_leaf(path, x):
+        is_variance = path[-1].key == "var"
+        x = rng.uniform(0.5, 1.5, x.shape) if is_variance else 0.4 * rng.standard_normal(x.shape)
+        return x.astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw_leaf, variables)
+
+
+def init(layer, *inputs):
+    return draw_variables(jax.eval_shape(layer.init, jax.random.key(0), *inputs))
+
+
+def softmax_attention(q, k, v, heads=1, scaled=False, mask=None):
+    """Each key's position looks at the queries' positions, by loops and in float64."""
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.zeros((len(k), k.shape[1], v.shape[2]))
+    depth, width = k.shape[2] // heads, v.shape[2] // heads
+    for i in range(len(k)):
+        for h in range(heads):
+            part, channels = slice(h * depth, (h + 1) * depth), slice(h * width, (h + 1) * width)
+            logits = k[i][:, part] @ q[i][:, part].T / (np.sqrt(depth) if scaled else 1)
+            weights = np.exp(logits) * (1 if mask is None else mask[i])
+            out[i][:, channels] = weights / weights.sum(1, keepdims=True) @ v[i][:, channels]
+    return out
+
+
+def dense(x, params):
+    return x @ params["kernel"] + params["bias"]
+
+
+def running_norm(x, params, stats):
+    x = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-3)
+    return x * params["scale"] + params["bias"]
+
+
+def test_sinusoidal_embedding_follows_the_formula():
+    a = np.linspace(0, 0.95, 50, dtype=np.float32)
+    frequencies = np.exp(np.linspace(np.log(1), np.log(1000), 16))
+    angles = 2 * np.pi * a.astype(np.float64)[:, None] * frequencies
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    # The highest angle is near 6000, where neighbouring float32 numbers are 5e-4 apart.
+    np.testing.assert_allclose(sinusoidal_embedding(a), expected, atol=1e-3)
+    np.testing.assert_allclose(jax.jit(sinusoidal_embedding)(a), expected, atol=1e-3)
+    assert sinusoidal_embedding(a, emb_dim=8).shape == (50, 8)
+
+
+@pytest.mark.parametrize("levels, emb_dim", [(np.zeros(2), 31), (np.zeros((2, 1)), 32)])
+def test_sinusoidal_embedding_requires_an_even_width_and_rank_one(levels, emb_dim):
+    with pytest.raises(ValueError, match="must (be even|have shape)"):
+        sinusoidal_embedding(levels, emb_dim)
+
+
+def test_the_batch_norm_has_the_originals_epsilon_and_momentum():
+    x = 3 + 2 * draw(6, 4, 4, 5)
+    layer = get_norm("batch", train=True, dtype=jnp.float32)()
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    mean, var = x.mean((0, 1, 2), dtype=np.float64), x.var((0, 1, 2), dtype=np.float64)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
+
+
+def test_the_batch_norm_keeps_its_digits_far_from_zero():
+    x = 1000 + 0.1 * draw(64, 2, 2, 3)
+    layer = get_norm("batch", train=True, dtype=jnp.float32)()
+    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    x = x.astype(np.float64)
+    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
+    np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+def test_the_group_norm_normalises_groups_of_16_channels_of_one_picture():
+    x = 3 + 2 * draw(2, 4, 4, 48)
+    layer = get_norm("group", train=True, dtype=jnp.float32)()
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    groups = x.astype(np.float64).reshape(2, 16, 3, 16)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_the_group_norm_of_tokens_normalises_each_alone():
+    x = draw(2, 3, 32) * np.array([1, 10, 0.1], np.float32)[None, :, None]
+    layer = get_norm("group", train=False, dtype=jnp.float32, per_token=True)()
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    groups = x.astype(np.float64).reshape(2, 3, 2, 16)
+    groups = groups - groups.mean(3, keepdims=True)
+    expected = groups / np.sqrt((groups**2).mean(3, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-4)
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm must be one of .*got 'layer'"):
+        get_norm("layer", train=False, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("heads, scaled", [(1, False), (1, True), (4, False), (2, True)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_equals_a_literal_softmax(heads, scaled, masked):
+    q, k, v = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 5, 12, seed=2)
+    mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool) if masked else None
+    expected = softmax_attention(q, k, v, heads, scaled, mask)
+    result = jax.jit(attend, static_argnames=["heads", "scaled"])(
+        q, k, v, heads=heads, scaled=scaled, mask=mask
+    )
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    np.testing.assert_allclose(
+        attend(q, k, v, heads=heads, scaled=scaled, mask=mask), expected, atol=1e-5
+    )
+
+
+def test_attention_computes_its_softmax_in_float32():
+    q, k, v = draw(1, 64, 64), draw(1, 64, 64, seed=1), np.ones((1, 64, 2), np.float32)
+    result = attend(*(jnp.bfloat16(x) for x in (q, k, v)))
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(result), 1.0, atol=1e-2)  # The weights sum to one.
+
+
+def test_masked_positions_get_no_gradient_and_no_nan():
+    q, k, v = draw(1, 3, 4), draw(1, 2, 4, seed=1), draw(1, 3, 4, seed=2)
+    mask = np.array([[True, True, False]])
+    loss = lambda q, v: jnp.sum(attend(q, k, v, mask=mask) ** 2)  # noqa: E731
+    for gradient in jax.grad(loss, argnums=(0, 1))(q, v):
+        assert np.all(np.isfinite(gradient))
+        np.testing.assert_array_equal(gradient[0, 2], 0)
+
+
+@pytest.mark.parametrize("fields", [{}, {"heads": 2, "scaled": True, "key_fraction": 2}])
+def test_spatial_attention_equals_a_literal_softmax_over_positions(fields):
+    x = draw(2, 3, 4, 16)
+    layer = SpatialAttention(**fields)
+    variables = init(layer, x)
+    params, stats = variables["params"], variables["batch_stats"]
+    h = running_norm(x, params["norm_in"], stats["norm_in"]).reshape(2, 12, 16)
+    q, k, v = (dense(h, params[name]) for name in ("query", "key", "value"))
+    assert k.shape[-1] == 16 // fields.get("key_fraction", 8)
+    h = softmax_attention(q, k, v, fields.get("heads", 1), fields.get("scaled", False))
+    h = dense(h, params["out"]).reshape(x.shape)
+    expected = running_norm(h, params["norm_out"], stats["norm_out"])
+    np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"heads": 2, "scaled": True, "key_fraction": 2}])
+def test_cross_attention_to_tokens_equals_a_literal_softmax(fields):
+    image, cond = draw(2, 3, 4, 16), draw(2, 5, 9, seed=1)
+    mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], bool)
+    layer = CrossAttention(**fields)
+    variables = init(layer, image, cond, mask)
+    params, stats = variables["params"], variables["batch_stats"]
+    tokens = running_norm(cond, params["norm_cond"], stats["norm_cond"])
+    positions = running_norm(image, params["norm_image"], stats["norm_image"]).reshape(2, 12, 16)
+    h = softmax_attention(
+        dense(tokens, params["query"]),
+        dense(positions, params["key"]),
+        dense(tokens, params["value"]),
+        fields.get("heads", 1),
+        fields.get("scaled", False),
+        mask,
+    )
+    h = dense(h, params["out"]).reshape(image.shape)
+    expected = running_norm(h, params["norm_out"], stats["norm_out"])
+    result = jax.jit(layer.apply)(variables, image, cond, mask)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_equal_tokens_give_the_result_of_the_one_token(norm):
+    image, cond = draw(2, 4, 4, 32), draw(2, 1, 48, seed=1)
+    layer = CrossAttention(norm=norm)
+    several = np.repeat(cond, 6, axis=1)
+    variables = init(layer, image, several)
+    expected = layer.apply(variables, image, cond)
+    assert expected.shape == (2, 1, 1, 32)
+    result = layer.apply(variables, image, several)
+    assert result.shape == (2, 4, 4, 32)
+    np.testing.assert_allclose(result, np.broadcast_to(expected, result.shape), atol=1e-5)
+
+
+def test_one_token_needs_no_queries_and_no_keys():
+    variables = init(CrossAttention(), draw(2, 4, 4, 16), draw(2, 1, 9))
+    assert set(variables["params"]) == {"norm_cond", "value", "out", "norm_out"}
+
+
+def test_a_residual_block_has_a_convolution_of_size_one_where_the_width_changes():
+    x = draw(1, 4, 4, 16)
+    narrow, wide = (ResidualBlock(width).init(jax.random.key(0), x) for width in (16, 24))
+    assert set(narrow["params"]) == {"conv_0", "conv_1"}  # The norm has no scale, no offset.
+    assert wide["params"]["residual"]["kernel"].shape == (1, 1, 16, 24)
+    zeros = jax.tree.map(jnp.zeros_like, narrow["params"])
+    y = ResidualBlock(16).apply(narrow | {"params": zeros}, x)
+    np.testing.assert_array_equal(y, x)
+
+
+def test_dropout_zeroes_activations_in_training_alone():
+    x = draw(2, 8, 8, 16)
+    layer = ResidualBlock(16, dropout=0.5)
+    variables = init(layer, x)
+    np.testing.assert_array_equal(layer.apply(variables, x), ResidualBlock(16).apply(variables, x))
+
+    def train(key):
+        rngs = {"dropout": jax.random.key(key)}
+        return layer.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    np.testing.assert_array_equal(train(0), train(0))
+    assert np.mean(np.abs(train(0) - train(1))) > 0.1
+
+
+class Identity(nn.Module):
+    """Stands in for a unit."""
+
+    width: int
+    attention: bool = True
+
+    def __call__(self, x, cond, mask=None, *, train=False):
+        return x
+
+
+def test_upsampling_is_bilinear_with_half_pixel_centres():
+    x = draw(2, 3, 4, 2)
+    upsampled = UpBlock(2, unit=Identity).apply({}, x, [], None)
+
+    def double(x, axis):  # 3/4 of the near pixel, 1/4 of the far one; the border repeats.
+        x = np.moveaxis(x, axis, 0)
+        before, after = np.concatenate([x[:1], x[:-1]]), np.concatenate([x[1:], x[-1:]])
+        pairs = np.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis=1)
+        return np.moveaxis(pairs.reshape(-1, *x.shape[1:]), 0, axis)
+
+    np.testing.assert_allclose(upsampled, double(double(x, 1), 2), atol=1e-6)
+
+
+def test_an_up_block_takes_the_latest_skip_first():
+    x, skips = draw(1, 2, 2, 1), [np.full((1, 4, 4, 1), i, np.float32) for i in range(3)]
+    result = UpBlock(1, unit=Identity).apply({}, x, skips, None)
+    np.testing.assert_array_equal(result[0, 0, 0, 1:], [2, 1, 0])
+
+
+def test_a_down_block_pools_averages_and_keeps_the_output_of_each_unit():
+    x = draw(2, 4, 6, 3)
+    pooled, skips = DownBlock(3, block_depth=2, unit=Identity).apply({}, x, None)
+    expected = x.reshape(2, 2, 2, 3, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(pooled, expected, atol=1e-6)
+    assert len(skips) == 2
+    np.testing.assert_array_equal(skips[0], x)
