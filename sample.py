@@ -95,6 +95,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"prompts are given by --prompt=..., got {argv[1:]}")
     f = flags.FLAGS
+    if f.verbosity <= 0:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
     try:
         paths = sample(
             f.prompt,

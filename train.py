@@ -76,13 +76,12 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     state = create_state(init_key) if state is None else state
     start = int(state.step)
     (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    logging.info(
-        "%.2f M weights, %d training examples, %d devices (%s), %s",
-        sum(x.size for x in jax.tree.leaves(state.params)) / 1e6,
-        cache.num_examples("train"),
-        mesh.size,
-        mesh.devices.flat[0].device_kind,
-        f"going on from step {start}" if start else "starting",
+    print(
+        f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
+        f"{cache.num_examples('train')} training examples, "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
+        + (f"going on from step {start}" if start else "starting"),
+        flush=True,
     )
 
     # Pictures and held-out loss: always the same captions, seeds and noise.
@@ -154,6 +153,8 @@ def _check_shapes(network, cache):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    if flags.FLAGS.verbosity <= 0:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
     try:
         train(flags.FLAGS.config, flags.FLAGS.workdir)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

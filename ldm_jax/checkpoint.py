@@ -228,19 +228,16 @@ def _restore_variables(path: Path) -> tuple[dict, dict]:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not folder.is_dir():
         raise FileNotFoundError(f"no such checkpoint folder: {folder}")
-    with ocp.CheckpointManager(folder, item_names=("state", "meta")) as manager:
+    with ocp.CheckpointManager(folder, item_handlers=_get_readers()) as manager:
         step = manager.latest_step()
         if step is None:
             raise FileNotFoundError(
                 f"{folder} holds no checkpoint: a workdir of train.py or an exported model "
                 f"({META_FILE} and {WEIGHTS_FILE}) is needed"
             )
-        meta = _restore_meta(manager, step)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        state_folder = folder / str(step) / "state"
-        saved = checkpointer.metadata(state_folder).item_metadata.tree
-        wanted: dict[str, Any] = {
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        saved = manager.item_metadata(step)["state"].tree
+        wanted = {
             key: jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 saved[key],
@@ -248,18 +245,21 @@ def _restore_variables(path: Path) -> tuple[dict, dict]:
             for key in ("ema_params", "ema_batch_stats")
             if saved.get(key)
         }
-        restored = checkpointer.restore(
-            state_folder,
-            args=ocp.args.PyTreeRestore(
-                item=wanted,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                partial_restore=True,
-            ),
+        state = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
         )
-    return meta, {
-        "params": restored["ema_params"],
-        "batch_stats": restored.get("ema_batch_stats", {}),
-    }
+        args = ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
+        restored = manager.restore(step, args=args)
+    variables = {"params": restored["state"]["ema_params"]}
+    variables["batch_stats"] = restored["state"].get("ema_batch_stats", {})
+    return restored["meta"], variables
+
+
+def _get_readers() -> dict[str, Any]:
+    """What reads the two items of a checkpoint when only a part of the state is wanted."""
+    return {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
 
 
 def _check_variables(network: Any, variables: dict, meta: dict, path: Path) -> None:

@@ -217,7 +217,7 @@ def decode_latents(
     Raises:
         ValueError: for statistics of another shape, and what `VAE.decode` refuses.
     """
-    if not isinstance(vae, VAE):
+    if isinstance(vae, str):
         vae = _load_once(vae)
     scale, shift = np.asarray(std_latent, np.float32), np.asarray(mean_latent, np.float32)
     for label, value in (("std_latent", scale), ("mean_latent", shift)):
