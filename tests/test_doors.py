@@ -1,4 +1,4 @@
-"""The doors together: pictures with captions => cache => run => pictures, with the real encoders."""
+"""The doors together: captioned pictures => cache => run => pictures, with the real encoders."""
 
 import csv
 import json
@@ -227,7 +227,7 @@ def test_a_missing_cache_says_how_to_make_it(tmp_path):
     "prompts, message",
     [
         ([], "at least one prompt"),
-        (["  "], "empty"),
+        (["  "], "at least one visible character"),
         (["x" * 10_000], "1000"),
     ],
 )
@@ -266,8 +266,7 @@ def test_a_misspelt_key_or_flag_ends_the_doors(tmp_path):
 
 @pytest.mark.slow
 def test_importing_the_package_loads_jax_alone():
-    code = "import sys, ldm_jax; print([m for m in sys.modules if m in %r])" % (
-        ["torch", "diffusers", "transformers", "matplotlib", "PIL", "keras", "tensorboardX"],
-    )
+    heavy = ["torch", "diffusers", "transformers", "matplotlib", "PIL", "keras", "tensorboardX"]
+    code = f"import sys, ldm_jax; print([m for m in sys.modules if m in {heavy}])"
     result = run_door("-c", code)
     assert result.stdout.strip() == "[]", result.stderr

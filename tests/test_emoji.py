@@ -1,4 +1,5 @@
 """Drawing emoji, on packages made up here."""
+
 import json
 from pathlib import Path
 
@@ -14,8 +15,12 @@ GREEN = '<rect width="16" height="16" fill="#00ff00"/>'
 GREY = '<rect width="16" height="16" fill="#808080"/>'
 LEFT_HALF = '<rect width="8" height="16" fill="#ff0000"/>'
 CATALOGUE = [
-    {"hexcode": "1F600", "label": "grinning face", "group": 0,
-     "skins": [{"hexcode": "1F600-1F3FB", "label": "grinning face: light skin tone"}]},
+    {
+        "hexcode": "1F600",
+        "label": "grinning face",
+        "group": 0,
+        "skins": [{"hexcode": "1F600-1F3FB", "label": "grinning face: light skin tone"}],
+    },
     {"hexcode": "0031-FE0F-20E3", "label": "keycap: 1", "group": 8},
     {"hexcode": "1F1E8-1F1F3", "label": "flag: China", "group": 9},
     {"hexcode": "1F1E7-1F1FB", "label": "flag: Bouvet Island", "group": 9},
@@ -26,18 +31,38 @@ CATALOGUE = [
     {"hexcode": "1F1E6", "label": "regional indicator A"},
     {"hexcode": "1F3FB", "label": "light skin tone", "group": 2},
 ]
-CHARS = {"1f600": "grin", "1f600-1f3fb": "grin-light", "0031-20e3": "one", "1f1e8-1f1f3": "cn",
-         "1f997": "cricket", "1f468-200d-1f466": "fam", "1f449": "right", "1f1e6": "letter-a",
-         "1f1e7-1f1fb": "bv", "1f3fb": "tone"}
-ICONS = {"grin": RED, "grin-light": GREY, "one": BLUE, "cn": RED, "cricket": GREEN, "fam": GREY,
-         "left": LEFT_HALF, "letter-a": GREEN, "bv": GREEN, "tone": GREEN}
+CHARS = {
+    "1f600": "grin",
+    "1f600-1f3fb": "grin-light",
+    "0031-20e3": "one",
+    "1f1e8-1f1f3": "cn",
+    "1f997": "cricket",
+    "1f468-200d-1f466": "fam",
+    "1f449": "right",
+    "1f1e6": "letter-a",
+    "1f1e7-1f1fb": "bv",
+    "1f3fb": "tone",
+}
+ICONS = {
+    "grin": RED,
+    "grin-light": GREY,
+    "one": BLUE,
+    "cn": RED,
+    "cricket": GREEN,
+    "fam": GREY,
+    "left": LEFT_HALF,
+    "letter-a": GREEN,
+    "bv": GREEN,
+    "tone": GREEN,
+}
 
 
 def write_icons(folder: Path, icons: dict, chars: dict, aliases: dict):
     folder.mkdir(parents=True, exist_ok=True)
     bodies = {name: {"body": body} for name, body in icons.items()}
-    (folder / "icons.json").write_text(json.dumps(
-        {"icons": bodies, "aliases": aliases, "width": 16, "height": 16}))
+    (folder / "icons.json").write_text(
+        json.dumps({"icons": bodies, "aliases": aliases, "width": 16, "height": 16})
+    )
     (folder / "chars.json").write_text(json.dumps(chars))
 
 
@@ -52,9 +77,12 @@ def packages(tmp_path, monkeypatch):
     flip = {"right": {"parent": "left", "hFlip": True}}
     for guide in ("twemoji", "noto", "fluent-emoji-flat"):
         write_icons(root / f"@iconify-json-{guide}", ICONS, CHARS, flip)
-    write_icons(root / "@iconify-json-emojione",
-                {"grinning-face": RED, "flag-for-china": BLUE, "cricket-game": GREEN}, {},
-                {"cricket": {"parent": "cricket-game"}})
+    write_icons(
+        root / "@iconify-json-emojione",
+        {"grinning-face": RED, "flag-for-china": BLUE, "cricket-game": GREEN},
+        {},
+        {"cricket": {"parent": "cricket-game"}},
+    )
     (root / "emojibase-data" / "en").mkdir(parents=True)
     (root / "emojibase-data" / "en" / "data.json").write_text(json.dumps(CATALOGUE))
     assets = root / "@lobehub-fluent-emoji-3d" / "assets"
@@ -84,21 +112,27 @@ def test_drawing_gives_pictures_captions_and_credits(packages, tmp_path):
     folder = draw_emoji(tmp_path / "emoji", ["twemoji"], progress=False)
     records = read_records(folder)
     assert sorted(p.name for p in (folder / "twemoji").glob("*.png")) == sorted(
-        Path(name).name for name in records)
+        Path(name).name for name in records
+    )
     flag_or_face = records["twemoji/1f600.png"]  # the red flag is the same picture and goes
     assert flag_or_face["text"] == ["grinning face, Twemoji", "grinning face"]
     assert flag_or_face["concept"] == "1f600" and flag_or_face["style"] == "twemoji"
     assert records["twemoji/31-20e3.png"]["text"][1] == "keycap 1"
     assert get_pixel(folder / "twemoji" / "1f600.png", 64, 64) == (255, 0, 0)
     assert "CC-BY-4.0" in (folder / "CREDITS.md").read_text()
-    assert all(style.credit in get_credits(list(emoji.STYLES.values()))
-               for style in emoji.STYLES.values())
+    assert all(
+        style.credit in get_credits(list(emoji.STYLES.values())) for style in emoji.STYLES.values()
+    )
 
 
 def test_tones_components_letters_twins_and_grey_families_are_left_out(packages, tmp_path):
     folder = draw_emoji(tmp_path / "emoji", ["twemoji"], progress=False)
     assert {Path(name).stem for name in read_records(folder)} == {
-        "1f600", "31-20e3", "1f997", "1f449"}
+        "1f600",
+        "31-20e3",
+        "1f997",
+        "1f449",
+    }
 
 
 def test_a_flipped_alias_is_drawn_mirrored(packages, tmp_path):
@@ -110,8 +144,11 @@ def test_a_flipped_alias_is_drawn_mirrored(packages, tmp_path):
 def test_sets_without_code_points_are_matched_by_name(packages, tmp_path):
     folder = draw_emoji(tmp_path / "emoji", ["emojione"], progress=False)
     names = {Path(name).stem: record["text"][0] for name, record in read_records(folder).items()}
-    assert names == {"1f600": "grinning face, EmojiOne", "1f1e8-1f1f3": "flag of China, EmojiOne",
-                     "1f3cf": "cricket game, EmojiOne"}
+    assert names == {
+        "1f600": "grinning face, EmojiOne",
+        "1f1e8-1f1f3": "flag of China, EmojiOne",
+        "1f3cf": "cricket game, EmojiOne",
+    }
 
 
 def test_transparent_files_come_out_on_white(packages, tmp_path):
@@ -123,8 +160,13 @@ def test_transparent_files_come_out_on_white(packages, tmp_path):
 
 def test_a_picture_that_is_not_square_keeps_its_shape(tmp_path):
     svg = emoji_sources._get_svg(
-        {"icons": {"tall": {"body": '<rect width="16" height="32" fill="#f00"/>', "height": 32}},
-         "width": 16, "height": 16}, "tall")
+        {
+            "icons": {"tall": {"body": '<rect width="16" height="32" fill="#f00"/>', "height": 32}},
+            "width": 16,
+            "height": 16,
+        },
+        "tall",
+    )
     assert draw_picture((svg, tmp_path / "tall.png")) == ""
     assert get_pixel(tmp_path / "tall.png", 10, 64) == (255, 255, 255)
     assert get_pixel(tmp_path / "tall.png", 64, 2) == (255, 0, 0)
@@ -151,7 +193,8 @@ def test_a_style_is_added_without_drawing_the_others_again(packages, tmp_path):
 
 
 def test_an_interrupted_drawing_leaves_no_half_set_and_is_finished_later(
-        packages, tmp_path, monkeypatch):
+    packages, tmp_path, monkeypatch
+):
     whole = draw_emoji(tmp_path / "whole", ["twemoji"], progress=False)
     done = []
 
@@ -169,13 +212,15 @@ def test_an_interrupted_drawing_leaves_no_half_set_and_is_finished_later(
     [part] = (tmp_path / "emoji").glob(".*.part")
     (part / ".1f997.png.123").write_bytes(b"cut off")
     again = []
-    monkeypatch.setattr(emoji, "draw_picture", lambda job: again.append(job[1].name)
-                        or draw_picture(job))
+    monkeypatch.setattr(
+        emoji, "draw_picture", lambda job: again.append(job[1].name) or draw_picture(job)
+    )
     folder = draw_emoji(tmp_path / "emoji", ["twemoji"], progress=False)
     assert len(done) == 2 and not set(done) & set(again)
     assert (folder / "metadata.jsonl").read_text() == (whole / "metadata.jsonl").read_text()
     assert sorted(p.name for p in (folder / "twemoji").iterdir()) == sorted(
-        p.name for p in (whole / "twemoji").iterdir())
+        p.name for p in (whole / "twemoji").iterdir()
+    )
 
 
 def test_processes_draw_what_one_process_draws(packages, tmp_path, monkeypatch):
@@ -195,7 +240,8 @@ def test_a_bad_svg_is_named_counted_and_skipped(packages, tmp_path, body, fault)
         folder = draw_emoji(tmp_path / "emoji", ["twemoji"], progress=False)
     assert "twemoji/31-20e3.png" not in read_records(folder)
     assert list(json.loads((folder / "twemoji" / "drawn.json").read_text())["skipped"]) == [
-        "31-20e3"]
+        "31-20e3"
+    ]
 
 
 def test_too_few_pictures_are_an_error(packages, tmp_path, monkeypatch):

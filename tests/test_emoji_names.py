@@ -1,4 +1,5 @@
 """Keys, names, concepts and splits of emoji."""
+
 import hashlib
 
 import pytest
@@ -8,55 +9,80 @@ from ldm_jax.emoji_names import get_concept, get_name, normalise_key, slugify
 from ldm_jax.pictures import assign_split
 
 
-@pytest.mark.parametrize("hexcode, key", [
-    ("0031-FE0F-20E3", "31-20e3"), ("1F600", "1f600"), ("00A9", "a9"),
-    ("1F441-FE0F-200D-1F5E8-FE0F", "1f441-200d-1f5e8"),
-])
+@pytest.mark.parametrize(
+    "hexcode, key",
+    [
+        ("0031-FE0F-20E3", "31-20e3"),
+        ("1F600", "1f600"),
+        ("00A9", "a9"),
+        ("1F441-FE0F-200D-1F5E8-FE0F", "1f441-200d-1f5e8"),
+    ],
+)
 def test_keys_drop_variation_selectors_and_leading_zeros(hexcode, key):
     assert normalise_key(hexcode) == key
 
 
-@pytest.mark.parametrize("key, label, name", [
-    ("1f1e8-1f1f3", "flag: China", "flag of China"),
-    ("31-20e3", "keycap: 1", "keycap 1"),
-    ("23-20e3", "keycap: #", "keycap hash"),
-    ("264b", "Cancer", "Cancer zodiac sign"),
-    ("2139", "information", "information sign"),
-    ("1f468-200d-1f9b2", "man: bald", "bald man"),
-    ("1f9d4", "person: beard", "person with a beard"),
-    ("1f469-200d-1f9b0", "woman: red hair", "woman with red hair"),
-    ("1f3c3-200d-27a1", "person running: facing right", "person running facing right"),
-    ("1f468-200d-1f469-200d-1f466", "family: man, woman, boy", "family of man, woman and boy"),
-    ("1f170", "A button (blood type)", "blood type A button"),
-    ("1f45e", "man’s shoe", "man's shoe"),
-    ("1f680", "rocket", "rocket"),
-])
+@pytest.mark.parametrize(
+    "key, label, name",
+    [
+        ("1f1e8-1f1f3", "flag: China", "flag of China"),
+        ("31-20e3", "keycap: 1", "keycap 1"),
+        ("23-20e3", "keycap: #", "keycap hash"),
+        ("264b", "Cancer", "Cancer zodiac sign"),
+        ("2139", "information", "information sign"),
+        ("1f468-200d-1f9b2", "man: bald", "bald man"),
+        ("1f9d4", "person: beard", "person with a beard"),
+        ("1f469-200d-1f9b0", "woman: red hair", "woman with red hair"),
+        ("1f3c3-200d-27a1", "person running: facing right", "person running facing right"),
+        ("1f468-200d-1f469-200d-1f466", "family: man, woman, boy", "family of man, woman and boy"),
+        ("1f170", "A button (blood type)", "blood type A button"),
+        ("1f45e", "man’s shoe", "man's shoe"),
+        ("1f680", "rocket", "rocket"),
+    ],
+)
 def test_names_say_what_the_picture_shows(key, label, name):
     assert get_name(key, label) == name
 
 
-@pytest.mark.parametrize("keys", [
-    ("1f9d1-200d-1f3a8", "1f468-200d-1f3a8", "1f469-200d-1f3a8", "1f469-1f3fd-200d-1f3a8"),
-    ("1f466", "1f467", "1f9d2"),
-    ("1f3c3", "1f3c3-200d-2640", "1f3c3-200d-2642-200d-27a1"),
-    ("1f46b", "1f46c", "1f46d", "1f9d1-200d-1f91d-200d-1f9d1"),
-    ("1f491", "1f469-200d-2764-200d-1f468"),
-    ("1f46a", "1f468-200d-1f466", "1f9d1-200d-1f9d1-200d-1f9d2"),
-])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("1f9d1-200d-1f3a8", "1f468-200d-1f3a8", "1f469-200d-1f3a8", "1f469-1f3fd-200d-1f3a8"),
+        ("1f466", "1f467", "1f9d2"),
+        ("1f3c3", "1f3c3-200d-2640", "1f3c3-200d-2642-200d-27a1"),
+        ("1f46b", "1f46c", "1f46d", "1f9d1-200d-1f91d-200d-1f9d1"),
+        ("1f491", "1f469-200d-2764-200d-1f468"),
+        ("1f46a", "1f468-200d-1f466", "1f9d1-200d-1f9d1-200d-1f9d2"),
+    ],
+)
 def test_genders_and_skin_tones_are_one_concept(keys):
     assert len({get_concept(key) for key in keys}) == 1
 
 
 def test_different_things_stay_different_concepts():
-    keys = ["1f9d1", "1f9d2", "1f476", "2640", "2642", "1f48f", "1f491", "1f46a",
-            "1f9d1-200d-1f3a8"]
+    keys = [
+        "1f9d1",
+        "1f9d2",
+        "1f476",
+        "2640",
+        "2642",
+        "1f48f",
+        "1f491",
+        "1f46a",
+        "1f9d1-200d-1f3a8",
+    ]
     assert len({get_concept(key) for key in keys}) == len(keys)
 
 
-@pytest.mark.parametrize("text, slug", [
-    ("flag: Åland Islands", "flag-aland-islands"), ("keycap: #", "keycap-pound"),
-    ("St. Kitts & Nevis", "st-kitts-and-nevis"), ("woman’s hat", "womans-hat"),
-])
+@pytest.mark.parametrize(
+    "text, slug",
+    [
+        ("flag: Åland Islands", "flag-aland-islands"),
+        ("keycap: #", "keycap-pound"),
+        ("St. Kitts & Nevis", "st-kitts-and-nevis"),
+        ("woman’s hat", "womans-hat"),
+    ],
+)
 def test_slugs_are_icon_names(text, slug):
     assert slugify(text) == slug
 

@@ -1,4 +1,5 @@
 """Fetching packages with a stand-in for npm, and the cache folder they go to."""
+
 import sys
 import tarfile
 from pathlib import Path
@@ -22,8 +23,10 @@ def test_packages_are_fetched_once_and_unpacked_whole(tmp_path, monkeypatch):
     (tmp_path / "icons.json").write_text("{}")
     with tarfile.open(tmp_path / "made.tgz", "w:gz") as archive:
         archive.add(tmp_path / "icons.json", "package/icons.json")
-    pack = ("import shutil, sys; assert sys.argv[1:3] == ['pack', '@a/b@1.0'];"
-            f"shutil.copy({str(tmp_path / 'made.tgz')!r}, sys.argv[4])")
+    pack = (
+        "import shutil, sys; assert sys.argv[1:3] == ['pack', '@a/b@1.0'];"
+        f"shutil.copy({str(tmp_path / 'made.tgz')!r}, sys.argv[4])"
+    )
     monkeypatch.setattr(npm, "find_npm", lambda: [sys.executable, "-c", pack])
     folder = npm.fetch_package("@a/b", "1.0")
     assert folder == tmp_path / "cache" / "npm" / "a-b-1.0"
