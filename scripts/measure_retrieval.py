@@ -10,7 +10,8 @@ the nearest 1 or 5 shows the caption's concept. `right_style`: the nearest of th
 all styles has the caption's style. `psnr`: decibels to the real picture of the caption, the median.
 
 "real_of_another_style" looks up, in the same way, a real picture of the same concept in another
-style, chosen by the seed, for those captions whose concept has one: what the features can do.
+style, chosen by the seed, for those captions whose concept has one: what the features can do. Its
+`right_style` looks up the captions' own real pictures among all others.
 """
 
 import json
@@ -107,7 +108,8 @@ def measure_reference(cache: LatentCache, gallery: Gallery, num: int, seed: int)
         kept = [(want, rng.choice(rows)) for want, rows in zip(wanted, others) if rows]
         features = gallery.features[[row for _, row in kept]]
         report[split] = measure_group(features, [want for want, _ in kept], gallery)
-        del report[split]["right_style"]  # It is another by choice.
+        # Those pictures have another style by choice: ask the captions' own for theirs.
+        report[split]["right_style"] = _style_share(wanted, gallery)
     return report
 
 
@@ -126,6 +128,16 @@ def main(argv):
         "real_of_another_style": measure_reference(cache, gallery, f.num, f.seed),
     }
     print(json.dumps(report, indent=1))
+
+
+def _style_share(wanted: list[dict], gallery: Gallery) -> float:
+    """How often the nearest other real picture has the style of a real one."""
+    places = {record["file"]: i for i, record in enumerate(gallery.records)}
+    rows = np.array([places[want["file"]] for want in wanted])
+    likeness = gallery.features[rows] @ gallery.features.T
+    likeness[np.arange(len(rows)), rows] = -np.inf
+    styles = np.array([record["style"] for record in gallery.records])
+    return float(np.mean(styles[likeness.argmax(1)] == styles[rows]))
 
 
 def _others(want: dict, records: list[dict]) -> list[int]:
