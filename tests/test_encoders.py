@@ -93,11 +93,12 @@ def test_bytes_and_floats_of_the_same_picture_encode_alike(vae, images):
 def test_batch_size_and_progress_do_not_change_the_result(vae, images, capfd):
     mean, std = vae.encode(images, batch_size=5)
     assert capfd.readouterr().err == ""
-    chex.assert_trees_all_close(
-        vae.encode(images, batch_size=2, progress=True), (mean, std), atol=1e-5
-    )
+    # Torch sums in another order for another batch size; a byte's step is 80 times this.
+    close = {"rtol": 0, "atol": 1e-4}
+    again = vae.encode(images, batch_size=2, progress=True)
+    chex.assert_trees_all_close(again, (mean, std), **close)
     assert "encode: 100%" in capfd.readouterr().err
-    np.testing.assert_allclose(vae.decode(mean, batch_size=3), vae.decode(mean), atol=1e-5)
+    np.testing.assert_allclose(vae.decode(mean, batch_size=3), vae.decode(mean), **close)
 
 
 def test_no_images_give_no_latents_and_no_latents_no_images(vae):
