@@ -2,7 +2,8 @@
 
     python train.py --config=configs/emoji.py --workdir=runs/emoji [--config.batch_size=256 ...]
 
-The same command again goes on from the newest checkpoint.
+The same command again goes on from the newest checkpoint. On several hosts the same command runs
+on each, see docs/pods.md.
 """
 
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import checkpoint, data, sampler, sharding, training
+from ldm_jax import checkpoint, data, feed, hosts, sampler, sharding, training
 from ldm_jax.encoders import load_vae
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
@@ -36,22 +37,31 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
         FloatingPointError: when the loss is no longer a number.
         ValueError: for settings that do not fit together, or a checkpoint of another model.
     """
-    workdir = Path(workdir).expanduser()
+    workdir, leader = Path(workdir).expanduser(), hosts.is_leader()
     settings = config.to_dict()
 
     # Encoders and data.
     vae, text_encoder = load_vae(config.encoders.vae), load_text_encoder(config.encoders.text)
     cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
     _check_shapes(config.network, cache)
+    hosts.check_agreement(
+        config=settings, code=hosts.describe_code(Path(__file__)), data=dict(cache.manifest)
+    )
     scale = get_latent_scale(cache.manifest, **settings["latents"])
-    mesh = sharding.get_mesh()
+    mesh = sharding.get_mesh(config.sharding.mesh)
 
     # Network, optimizer, steps.
     network = get_network(**settings["network"])
     process = get_process(**settings["noising"])
     optimizer = training.get_optimizer(steps=config.steps, **settings["optimizer"])
-    train_step = training.get_train_step(network, optimizer, scale, process, **settings["training"])
-    eval_step = training.get_eval_step(network, scale, process)
+    spread = {
+        "parallelism": config.sharding.parallelism,
+        "reduce_dtype": config.sharding.reduce_dtype,
+    }
+    train_step = training.get_train_step(
+        network, optimizer, scale, process, **settings["training"], mesh=mesh, **spread
+    )
+    eval_step = training.get_eval_step(network, scale, process, mesh=mesh)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
     meta = checkpoint.create_meta(
         network=settings["network"],
@@ -66,52 +76,65 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
 
     # State: the newest checkpoint's, or a fresh one.
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    create_state = jax.jit(
-        lambda key: training.create_train_state(
-            key, network, optimizer, cache.latent_shape, cache.embedding_shape
-        ),
-        out_shardings=sharding.replicated(mesh),
-    )
-    state = checkpoint.restore_checkpoint(manager, create_state.eval_shape(init_key), meta)
-    state = create_state(init_key) if state is None else state
+
+    def create_state(key):
+        shapes = cache.latent_shape, cache.embedding_shape
+        return training.create_train_state(key, network, optimizer, *shapes)
+
+    target = sharding.place_shapes(mesh, jax.eval_shape(create_state, init_key))
+    state = checkpoint.restore_checkpoint(manager, target, meta)
+    if state is None:
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        state = jax.jit(create_state, out_shardings=shardings)(init_key)
     start = int(state.step)
-    (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    print(
-        f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
-        f"{cache.num_examples('train')} training examples, "
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
-        + (f"going on from step {start}" if start else "starting"),
-        flush=True,
-    )
+    if leader:
+        (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if mesh.shape["fsdp"] > 1:
+            print(sharding.describe_shardings(state.params))
+        print(
+            f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
+            f"{cache.num_examples('train')} training examples, "
+            f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
+            + (f"going on from step {start}" if start else "starting"),
+            flush=True,
+        )
 
     # Pictures and held-out loss: always the same captions, seeds and noise.
     captions = list(config.captions)
     labels = text_encoder(captions)
-    seeds = sampler.sample_seeds(range(len(captions)), cache.latent_shape)
+    seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
+    gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
 
-    def draw_samples(state):
-        denoiser = sampler.Denoiser(network, state.ema_variables)
+    def write_samples(step, state, log):
+        """Every host takes part in drawing, one writes."""
+        denoiser = sampler.Denoiser(network, gather(state.ema_variables))
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
-        return vae.decode(np.asarray(scale.restore(diffuser.reverse_diffusion(seeds, labels))))
+        latents = jax.jit(scale.restore)(diffuser.reverse_diffusion(seeds, labels))
+        if leader:
+            images = vae.decode(hosts.fetch(latents))
+            save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
+            log.write_images(step, images, captions)
+
+    def read_rows(seed, split):
+        return lambda k, rows: cache.batch(
+            seed, k, config.batch_size, split, dtype=np.float16, rows=rows
+        )
 
     def held_out_loss(state):
-        losses = []
-        for k in range(-(-cache.num_examples("valid") // config.batch_size)):
-            batch = cache.batch(0, k, config.batch_size, "valid")
-            key = jax.random.fold_in(eval_key, k)
-            losses.append(eval_step(state, key, sharding.shard_batch(mesh, batch)))
-        return float(np.mean(jax.device_get(losses)))
+        steps = range(-(-cache.num_examples("valid") // config.batch_size))
+        batches = feed.feed_batches(mesh, read_rows(0, "valid"), steps, config.batch_size)
+        keys = [jax.random.fold_in(eval_key, k) for k in steps]
+        losses = [eval_step(state, key, batch) for key, batch in zip(keys, batches)]
+        return float(np.mean([hosts.fetch(loss) for loss in losses]))
 
     def due(step, every):
         return step == config.steps or step % every == 0
 
     # The loop.
-    batches = sharding.feed_batches(
-        mesh,
-        lambda k: cache.batch(config.seed, k, config.batch_size, "train", dtype=np.float16),
-        range(start, config.steps),
+    batches = feed.feed_batches(
+        mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
-    with manager, RunLog(workdir, config.steps, start, config.batch_size) as log:
+    with manager, RunLog(workdir, config.steps, start, config.batch_size, leader) as log:
         for step in range(start + 1, config.steps + 1):
             began = time.perf_counter()
             batch = next(batches)
@@ -124,9 +147,7 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
             if due(step, config.eval_every) and cache.num_examples("valid"):
                 values["held_out_loss"] = held_out_loss(state)
             if due(step, config.sample_every):
-                images = draw_samples(state)
-                save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
-                log.write_images(step, images, captions)
+                write_samples(step, state, log)
             if save:
                 checkpoint.save_checkpoint(manager, state, meta)
             if values:
@@ -155,8 +176,10 @@ def main(argv):
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     if flags.FLAGS.verbosity <= 0:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
+    f = flags.FLAGS
     try:
-        train(flags.FLAGS.config, flags.FLAGS.workdir)
+        print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
+        train(f.config, f.workdir)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
         raise SystemExit(f"train.py: {error}") from error
@@ -165,5 +188,9 @@ def main(argv):
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "config file", lock_config=True)
     flags.DEFINE_string("workdir", None, "folder of the run")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0, where several hosts train")
+    flags.DEFINE_integer("num_processes", None, "number of processes on all hosts")
+    flags.DEFINE_integer("process_id", None, "number of this process, from 0")
+    flags.DEFINE_enum("cluster", "auto", hosts.CLUSTERS, "what tells the three flags above")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

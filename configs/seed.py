@@ -81,6 +81,12 @@ def get_config():
         "a cup of coffee",
     )
 
+    # Devices. `mesh`: "data", "fsdp", or both, as "data,fsdp=8". `parallelism`: "jit" or "pmap".
+    config.sharding = ConfigDict()
+    config.sharding.mesh = "data"
+    config.sharding.parallelism = "jit"
+    config.sharding.reduce_dtype = "float32"  # in which gradients are added up, or "bfloat16"
+
     config.log_every = 100
     config.eval_every = 1_000
     config.sample_every = 5_000

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-NORMS = ("batch", "group")
-GROUP_SIZE = 16
+from ldm_jax.norms import Dropout, get_norm
 
 
 def sinusoidal_embedding(
@@ -39,38 +38,6 @@ def sinusoidal_embedding(
     frequencies = np.exp(np.linspace(math.log(1.0), math.log(1000.0), emb_dim // 2))
     angles = 2 * jnp.pi * noise_levels[:, None] * frequencies.astype(np.float32)[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def get_norm(norm: str, *, train: bool, dtype: Any, per_token: bool = False) -> Any:
-    """The layer that `norm` names, its habits set: partial of nn.BatchNorm or nn.GroupNorm.
-
-    Under jit with shardings the batch statistics are those of the global batch. `per_token` keeps
-    a group norm from mixing the tokens of a sequence.
-
-    Raises:
-        ValueError: for a norm of another name.
-    """
-    if norm == "batch":
-        return partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.99,
-            epsilon=1e-3,
-            dtype=dtype,
-            # Two passes, as the literal form has it: E[x^2] - E[x]^2 loses digits in float32.
-            use_fast_variance=False,
-        )
-    if norm == "group":
-        axes = (-1,) if per_token else None
-        return partial(
-            nn.GroupNorm,
-            num_groups=None,
-            group_size=GROUP_SIZE,
-            epsilon=1e-5,
-            dtype=dtype,
-            reduction_axes=axes,
-        )
-    raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
 
 
 def attend(
@@ -112,19 +79,20 @@ class ResidualBlock(nn.Module):
     dropout: float = 0.0
     norm: str = "batch"
     dtype: Any = jnp.float32
+    axis_name: Any = None
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool = False
     ) -> Float[Array, "b h w width"]:
         conv = partial(nn.Conv, self.width, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
+        norm = get_norm(self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
         residual = x
         if x.shape[-1] != self.width:
             residual = conv(kernel_size=(1, 1), name="residual")(x)
         h = norm(use_scale=False, use_bias=False, name="norm")(x)
         h = nn.swish(conv(kernel_size=(3, 3), name="conv_0")(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        h = Dropout(self.dropout, self.axis_name)(h, train=train)
         return conv(kernel_size=(3, 3), name="conv_1")(h) + residual
 
 
@@ -139,6 +107,7 @@ class SpatialAttention(nn.Module):
     key_fraction: int = 8
     norm: str = "batch"
     dtype: Any = jnp.float32
+    axis_name: Any = None
 
     @nn.compact
     def __call__(
@@ -146,7 +115,7 @@ class SpatialAttention(nn.Module):
     ) -> Float[Array, "b h w c"]:
         width = x.shape[-1]
         dense = partial(nn.Dense, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
+        norm = get_norm(self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
         h = norm(name="norm_in")(x).reshape(x.shape[0], -1, width)
         queries = dense(width // self.key_fraction, name="query")(h)
         keys = dense(width // self.key_fraction, name="key")(h)
@@ -169,6 +138,7 @@ class CrossAttention(nn.Module):
     key_fraction: int = 8
     norm: str = "batch"
     dtype: Any = jnp.float32
+    axis_name: Any = None
 
     @nn.compact
     def __call__(
@@ -181,8 +151,11 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "b _ _ c"]:
         b, height, width_px, width = image.shape
         dense = partial(nn.Dense, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype)
-        token_norm = get_norm(self.norm, train=train, dtype=self.dtype, per_token=True)
+        layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
+        norm, token_norm = (
+            get_norm(self.norm, **layer),
+            get_norm(self.norm, per_token=True, **layer),
+        )
         # Batch statistics leave padding out; a group norm looks at one token at a time anyway.
         statistics = {"mask": mask[..., None]} if self.norm == "batch" and mask is not None else {}
         tokens = token_norm(name="norm_cond")(cond, **statistics)
@@ -212,6 +185,7 @@ class Unit(nn.Module):
     dropout: float = 0.0
     norm: str = "batch"
     dtype: Any = jnp.float32
+    axis_name: Any = None
 
     @nn.compact
     def __call__(
@@ -222,7 +196,7 @@ class Unit(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
-        layer = {"norm": self.norm, "dtype": self.dtype}
+        layer = {"norm": self.norm, "dtype": self.dtype, "axis_name": self.axis_name}
         x = ResidualBlock(self.width, self.dropout, **layer, name="residual")(x, train=train)
         if not self.attention:
             return x

@@ -141,9 +141,11 @@ class LatentCache:
         batch_size: int,
         split: str = "train",
         dtype: np.typing.DTypeLike = np.float32,
+        rows: slice | Sequence[int] | np.ndarray | None = None,
     ) -> dict[str, Float[np.ndarray, "b ..."]]:
-        """Reads batch k: `take` of `batch_indices`."""
-        return self.take(self.batch_indices(seed, k, batch_size, split), dtype)
+        """Reads batch k, or some of its rows: `take` of `batch_indices`."""
+        indices = self.batch_indices(seed, k, batch_size, split)
+        return self.take(indices if rows is None else indices[rows], dtype)
 
 
 def same_encoder(one: Mapping, other: Mapping) -> bool:

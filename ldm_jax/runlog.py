@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ldm_jax import hosts
 from ldm_jax.training import check_losses
 
 
@@ -22,14 +23,23 @@ class RunLog:
         steps: length of the run.
         start: steps that were taken before.
         batch_size: images of a step, for the throughput.
+        writes: False on hosts that only look at the losses.
     """
 
-    def __init__(self, workdir: Path, steps: int, start: int, batch_size: int):
+    def __init__(self, workdir: Path, steps: int, start: int, batch_size: int, writes: bool = True):
         from tensorboardX import SummaryWriter
 
         self._path = workdir / "log.jsonl"
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self._bar = tqdm(total=steps, initial=start, desc="train", unit="step", smoothing=0.05)
+        self._writes = writes
+        self._board = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=writes)
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            desc="train",
+            unit="step",
+            smoothing=0.05,
+            disable=not writes,
+        )
         self._batch_size = batch_size
         self._shown: dict[str, float] = {}
         self._start_window()
@@ -56,7 +66,7 @@ class RunLog:
         Raises:
             FloatingPointError: if a loss is no longer a number.
         """
-        fetched = jax.device_get(self._metrics)
+        fetched = [jax.tree.map(hosts.fetch, metrics) for metrics in self._metrics]
         if not fetched:
             return {}
         means = {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}
@@ -71,6 +81,8 @@ class RunLog:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line, and shows loss, held-out loss and throughput beside the bar."""
+        if not self._writes:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():

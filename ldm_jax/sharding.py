@@ -1,19 +1,109 @@
-"""Devices: a mesh of all of them; batches are split over it, weights are replicated."""
+"""Devices and hosts: one line of a config => a mesh, and which part of each array a device holds.
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+A mesh has two axes. Batches are split over both. Over "data" the train state is replicated; over
+"fsdp" (fully sharded data parallel, Rajbhandari et al. 2020) each device holds a part of every
+large weight, of its averages and of the optimizer's moments, and the weights are gathered for the
+length of a step. What crosses the network is written out here, so that its dtype is chosen.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AXES = ("data", "fsdp")
+METHODS = ("jit", "pmap")
+REDUCE_DTYPES = ("float32", "bfloat16")
+MIN_SHARDED = 4096  # Elements; a smaller array costs more as a message than as a copy.
 
-def get_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the one axis "data" over `devices`, all of them by default."""
-    devices = jax.devices() if devices is None else devices
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+
+def parse_layout(layout: str, devices: int) -> tuple[int, int]:
+    """Sizes of the axes "data" and "fsdp".
+
+    Args:
+        layout: "data", "fsdp", or both, as in "data,fsdp=8" or "data=2,fsdp=4". An axis without a
+            number takes the devices that are left; one that is not named has size 1.
+        devices: how many there are.
+
+    Raises:
+        ValueError: for other axes, or sizes whose product is not `devices`.
+    """
+    needed = (
+        f"a mesh must look like 'data', 'fsdp', 'data,fsdp=8' or 'data=2,fsdp=4', got {layout!r}"
+    )
+    sizes = {}
+    for part in layout.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in AXES or name in sizes or (size and not size.isdecimal()) or size == "0":
+            raise ValueError(needed)
+        sizes[name] = int(size) if size else None
+    free = [name for name, size in sizes.items() if size is None]
+    if len(free) > 1:
+        raise ValueError(needed)
+    given = math.prod(size for size in sizes.values() if size is not None)
+    for name in free:
+        sizes[name] = max(devices // given, 1)
+    data, fsdp = (sizes.get(name, 1) for name in AXES)
+    if data * fsdp != devices:
+        raise ValueError(f"the mesh {layout!r} needs {data * fsdp} devices, got {devices}")
+    return data, fsdp
+
+
+def get_mesh(layout: str = "data", devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh with the axes "data" and "fsdp" over `devices`, those of all hosts by default.
+
+    Neighbours on the "fsdp" axis, which talk most, are neighbours in the machine. On a pod of
+    several slices only "data" crosses from one to another.
+
+    Raises:
+        ValueError: see `parse_layout`; also if "data" cannot be divided among the slices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    data, fsdp = parse_layout(layout, len(devices))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise ValueError(f"the mesh {layout!r} has {data} parts of the data for {slices} slices")
+    if fsdp == 1:
+        grid = np.asarray(devices).reshape(data, fsdp)  # As pmap numbers them.
+    elif slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def get_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """Which axis of a weight is split over "fsdp": the longest that divides, the last of equals.
+
+    Vectors, arrays of fewer than MIN_SHARDED elements and those of which no axis divides are
+    replicated.
+    """
+    parts = mesh.shape["fsdp"]
+    fitting = [i for i, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or len(shape) < 2 or math.prod(shape) < MIN_SHARDED or not fitting:
+        return PartitionSpec()
+    axis = max(fitting, key=lambda i: (shape[i], i))
+    return PartitionSpec(*(None,) * axis, "fsdp")
+
+
+def get_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of each array of a train state, by its shape alone."""
+    return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
+
+
+def place_shapes(mesh: Mesh, tree: Any) -> Any:
+    """ShapeDtypeStructs with those shardings: what a restored train state is to be."""
+    shardings = get_shardings(mesh, tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -22,60 +112,147 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the mesh."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def shard_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch of numpy arrays on the mesh, its first axis split.
+def batch_axes(parallelism: str) -> tuple[str, ...]:
+    """Names of the axes over which a loss sees its batch spread, for psum and its like."""
+    return AXES if parallelism == "jit" else ("data",)
+
+
+def get_gradients(
+    loss_fn: Callable, mesh: Mesh, parallelism: str = "jit", reduce_dtype: str = "float32"
+) -> Callable:
+    """Spreads a loss and its gradient over a mesh, with the messages between devices written out.
+
+    Each device gathers the whole weights, derives the loss of its own part of the batch, and keeps
+    its part of the mean of all gradients. Left to itself, XLA adds up gradients in the dtype that
+    the network computes in, bfloat16, and splits convolutions by channels.
+
+    Args:
+        loss_fn: (params, batch_stats, rng, batch) -> (loss, batch_stats), for the part of a batch
+            that one device holds; its statistics are the same on all, reduced over `batch_axes`.
+        mesh: of `get_mesh`.
+        parallelism: "jit", or "pmap" to be called inside `compile_step`.
+        reduce_dtype: in which gradients are added up, "float32" or "bfloat16". The second halves
+            the bytes and rounds every partial sum to 8 bits.
+
+    Returns:
+        (params, batch_stats, rng, batch) -> ((loss, batch_stats), gradients).
 
     Raises:
-        ValueError: if the number of samples is not divisible by that of the devices.
+        ValueError: for another parallelism or dtype, or pmap on a mesh with an "fsdp" axis.
     """
-    sizes = {name: len(array) for name, array in batch.items()}
-    if len(set(sizes.values())) != 1 or next(iter(sizes.values())) % mesh.size:
-        raise ValueError(
-            f"a batch must have the same number of samples everywhere, divisible by the "
-            f"{mesh.size} devices, got {sizes}"
-        )
-    return {k: jax.device_put(v, batch_sharding(mesh)) for k, v in batch.items()}
+    if parallelism not in METHODS:
+        raise ValueError(f"parallelism must be one of {METHODS}, got {parallelism!r}")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype must be one of {REDUCE_DTYPES}, got {reduce_dtype!r}")
+    if parallelism == "pmap" and mesh.shape["fsdp"] > 1:
+        raise ValueError(f"pmap is data parallel alone, got a mesh of {dict(mesh.shape)}")
+    axes, whole = batch_axes(parallelism), PartitionSpec()
+
+    def on_device(specs, params, batch_stats, rng, batch):
+        weights = jax.tree.map(partial(_gather, axes=axes), params, specs)
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, batch_stats), grads = value_and_grad(weights, batch_stats, rng, batch)
+        mean = partial(_reduce_mean, axes=axes, devices=mesh.size, dtype=reduce_dtype)
+        return (jax.lax.pmean(loss, axes), batch_stats), jax.tree.map(mean, grads, specs)
+
+    def gradients(params, batch_stats, rng, batch):
+        specs = jax.tree.map(lambda x: get_spec(mesh, x.shape), params)
+        run = partial(on_device, specs)
+        if parallelism == "jit":
+            run = jax.shard_map(
+                run,
+                mesh=mesh,
+                in_specs=(specs, whole, whole, PartitionSpec(AXES)),
+                out_specs=((whole, whole), specs),
+            )
+        return run(params, batch_stats, rng, batch)
+
+    return gradients
 
 
-def feed_batches(
-    mesh: Mesh, get_batch: Callable[[int], Mapping[str, np.ndarray]], steps: range, ahead: int = 2
-) -> Iterator[dict[str, jax.Array]]:
-    """Batches k for k in `steps`, read and sent to the mesh by a thread that stays `ahead` of them.
+def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") -> Callable:
+    """Compiles state, metrics = step(state, rng, batch); the state is donated and stays in place.
 
-    An error of `get_batch` is raised where the batch would have come. Leaving the loop early ends
-    the thread.
+    Args:
+        step: pure; its gradients come from `get_gradients` for the same mesh and parallelism.
+        mesh: where the state lives as `get_shardings` says; None leaves it to XLA.
+        parallelism: "jit" or "pmap".
     """
-    ready: queue.Queue = queue.Queue(ahead)
-    stopped = threading.Event()
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    if parallelism == "pmap":
+        return _pmap_step(step, mesh)
 
-    def put(item):
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
+    def step_in_place(state, rng, batch):
+        state, metrics = step(state, rng, batch)
+        return jax.lax.with_sharding_constraint(state, get_shardings(mesh, state)), metrics
 
-    def read():
-        try:
-            for k in steps:
-                if stopped.is_set():
-                    return
-                put((shard_batch(mesh, get_batch(k)), None))
-        except Exception as error:
-            put((None, error))
+    return jax.jit(step_in_place, donate_argnums=0)
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            batch, error = ready.get()
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        stopped.set()
-        thread.join()
+
+def _pmap_step(step, mesh):
+    """`step` under pmap, between arrays that live on the mesh as they do under jit."""
+    run = jax.pmap(step, "data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+
+    def join_hosts(x):
+        # What pmap returns is known to this host alone.
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), parts)
+
+    def step_on_mesh(state, rng, batch):
+        parts = {name: x.reshape(mesh.size, -1, *x.shape[1:]) for name, x in batch.items()}
+        state, metrics = run(state, rng, parts)
+        if jax.process_count() > 1:
+            state = jax.tree.map(join_hosts, state)
+        return state, metrics
+
+    return step_on_mesh
+
+
+def gather(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside jit: the whole of each array on every device, for networks that only estimate."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def _gather(weight, spec, *, axes):
+    """The whole weight, as a value of this device alone: its gradient is left unreduced."""
+    if spec:
+        weight = jax.lax.all_gather(weight, "fsdp", axis=len(spec) - 1, tiled=True)
+    return jax.lax.pcast(weight, ("data",) if spec else axes, to="varying")
+
+
+def _reduce_mean(gradient, spec, *, axes, devices, dtype):
+    """This device's part of the mean over all devices, added up in `dtype`."""
+    total = gradient.astype(dtype)
+    if spec:
+        part = {"scatter_dimension": len(spec) - 1, "tiled": True}
+        total = jax.lax.psum_scatter(total, "fsdp", **part)
+    total = jax.lax.psum(total, ("data",) if spec else axes)
+    return total.astype(gradient.dtype) / devices
+
+
+def describe_shardings(tree: Any) -> str:
+    """A table of the weights' shapes, how each is split, and what a device holds of it.
+
+    Args:
+        tree: of arrays or ShapeDtypeStructs with NamedShardings.
+    """
+    rows = [("weight", "shape", "split over", "bytes a device")]
+    held = whole = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        held, whole = held + size, whole + math.prod(leaf.shape) * leaf.dtype.itemsize
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        spec = leaf.sharding.spec
+        split = f"fsdp, axis {len(spec) - 1}" if any(spec) else "-"
+        rows.append((name, "x".join(map(str, leaf.shape)) or "scalar", split, f"{size:,}"))
+    rows.append(("all", "", f"of {whole:,}", f"{held:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], widths)), row[3].rjust(widths[3])])
+        for row in rows
+    )

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ldm_jax import sharding
 from ldm_jax.latents import LatentScale, draw_latents
 from ldm_jax.noising import ForwardProcess, add_noise
+from ldm_jax.norms import sample_keys
 
 DECAYS = ("constant", "cosine")
 
@@ -109,24 +112,60 @@ def create_train_state(
     )
 
 
+def corrupt(
+    rng: PRNGKeyArray,
+    batch: Mapping,
+    scale: LatentScale,
+    process: ForwardProcess,
+    label_dropout: float,
+    axis_name: Any = None,
+) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Float[Array, " b"], Array]:
+    """What the network learns from: clean latents, noisy ones, noise levels and labels.
+
+    Each sample has a key of its own, by its place in the whole batch: its noise is the same bit for
+    bit however the batch is spread over devices.
+
+    Args:
+        rng: key of the step, consumed.
+        batch: see `get_loss`.
+        scale, process, label_dropout: see `get_train_step`.
+        axis_name: the axes over which the batch is spread by hand, see norms.py.
+    """
+
+    def corrupt_one(key, sample):
+        # As a batch of one, which is what the functions below take.
+        sample = {name: x[None].astype(jnp.float32) for name, x in sample.items()}
+        latent_key, noise_key, drop_key = jax.random.split(key, 3)
+        latents = draw_latents(latent_key, sample["latents_mean"], sample.get("latents_std"))
+        latents = scale.normalise(latents)
+        x_t, noise_levels = add_noise(noise_key, latents, process)
+        labels = drop_labels(drop_key, sample["text_embeddings"], label_dropout)
+        return latents[0], x_t[0], noise_levels[0], labels[0]
+
+    keys = sample_keys(rng, len(batch["latents_mean"]), axis_name)
+    return jax.vmap(corrupt_one)(keys, dict(batch))
+
+
 def get_loss(
-    network: Any, scale: LatentScale, process: ForwardProcess, label_dropout: float
+    network: Any,
+    scale: LatentScale,
+    process: ForwardProcess,
+    label_dropout: float = 0.0,
+    *,
+    train: bool = False,
+    axis_name: Any = None,
 ) -> Callable:
     """The loss of the original: mean absolute error of the estimate of x_0.
 
-    Returns loss(params, batch_stats, rng, batch, train) -> (loss, batch_stats). A batch holds
+    Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats). A batch holds
     "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
-    and "text_embeddings" (b, e) or (b, n, e); float32 or float16.
+    and "text_embeddings" (b, e) or (b, n, e); float32, or float16 as a cache stores them.
     """
 
-    def loss_fn(params, batch_stats, rng, batch, train):
-        latent_key, noise_key, drop_key, dropout_key = jax.random.split(rng, 4)
-        # A cache may hand over what it stores, float16.
-        batch = {name: x.astype(jnp.float32) for name, x in batch.items()}
-        latents = draw_latents(latent_key, batch["latents_mean"], batch.get("latents_std"))
-        latents = scale.normalise(latents)
-        x_t, noise_levels = add_noise(noise_key, latents, process)
-        labels = drop_labels(drop_key, batch["text_embeddings"], label_dropout if train else 0.0)
+    def loss_fn(params, batch_stats, rng, batch):
+        sample_key, dropout_key = jax.random.split(rng)
+        corrupted = corrupt(sample_key, batch, scale, process, label_dropout, axis_name)
+        latents, x_t, noise_levels, labels = corrupted
         variables = {"params": params, "batch_stats": batch_stats}
         x_zero, updates = network.apply(
             variables,
@@ -160,6 +199,9 @@ def get_train_step(
     *,
     label_dropout: float = 0.15,
     ema_decay: float = 0.999,
+    mesh: Mesh | None = None,
+    parallelism: str = "jit",
+    reduce_dtype: str = "float32",
 ) -> Callable[[TrainState, PRNGKeyArray, Mapping], tuple[TrainState, dict]]:
     """The jitted step: state, metrics = train_step(state, rng, batch).
 
@@ -167,20 +209,37 @@ def get_train_step(
     donated. Metrics, "loss" and "grad_norm", stay on the device. The average's decay warms up as
     min(ema_decay, (1 + step) / (10 + step)), so that it forgets the initial weights.
 
+    Args:
+        network: called with (x_t, noise_levels, text_embeddings).
+        optimizer: see `get_optimizer`.
+        scale: of the latents.
+        process: forward process.
+        label_dropout: probability of a text being replaced by zeros, "no text".
+        ema_decay: of the averaged weights.
+        mesh: over which state and batch are spread, see sharding.py; None leaves it to XLA.
+        parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
+        reduce_dtype: in which the devices add up gradients.
+
     Raises:
-        ValueError: for a label_dropout or an ema_decay outside [0, 1).
+        ValueError: for a label_dropout or an ema_decay outside [0, 1), and for a kind of
+            parallelism that does not exist or does not go with the mesh.
     """
     for name, value in [("label_dropout", label_dropout), ("ema_decay", ema_decay)]:
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    loss_fn = get_loss(network, scale, process, label_dropout)
+    loss_options: dict[str, Any] = {"label_dropout": label_dropout, "train": True}
+    if mesh is None:
+        loss_fn = get_loss(network, scale, process, **loss_options)
+        get_gradients = jax.value_and_grad(loss_fn, has_aux=True)
+    else:
+        axes = sharding.batch_axes(parallelism)
+        network = network.clone(axis_name=axes)
+        loss_fn = get_loss(network, scale, process, **loss_options, axis_name=axes)
+        get_gradients = sharding.get_gradients(loss_fn, mesh, parallelism, reduce_dtype)
 
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
         step_key = jax.random.fold_in(rng, state.step)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, batch_stats), grads = value_and_grad(
-            state.params, state.batch_stats, step_key, batch, train=True
-        )
+        (loss, batch_stats), grads = get_gradients(state.params, state.batch_stats, step_key, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -195,21 +254,26 @@ def get_train_step(
         )
         return state, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
-    return jax.jit(train_step, donate_argnums=0)
+    return sharding.compile_step(train_step, mesh, parallelism)
 
 
 def get_eval_step(
-    network: Any, scale: LatentScale, process: ForwardProcess = ForwardProcess()
+    network: Any,
+    scale: LatentScale,
+    process: ForwardProcess = ForwardProcess(),
+    *,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, PRNGKeyArray, Mapping], Array]:
     """The jitted held-out loss of the averaged weights: loss = eval_step(state, rng, batch).
 
     The same key gives the same noise, so that the losses of two checkpoints can be compared.
     """
-    loss_fn = get_loss(network, scale, process, label_dropout=0.0)
+    loss_fn = get_loss(network, scale, process)
 
     @jax.jit
     def eval_step(state, rng, batch):
-        loss, _ = loss_fn(state.ema_params, state.ema_batch_stats, rng, batch, train=False)
+        variables = sharding.gather(mesh, (state.ema_params, state.ema_batch_stats))
+        loss, _ = loss_fn(*variables, rng, batch)
         return loss
 
     return eval_step

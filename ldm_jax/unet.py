@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax.blocks import GROUP_SIZE, NORMS, DownBlock, Unit, UpBlock, sinusoidal_embedding
+from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
+from ldm_jax.norms import GROUP_SIZE, NORMS
 
 
 class UNet(nn.Module):
@@ -26,6 +27,7 @@ class UNet(nn.Module):
     noise_emb_dim: int = 32
     text_features: int = 256
     dtype: Any = jnp.float32
+    axis_name: Any = None  # set where the batch is spread over devices by hand, see norms.py
 
     @nn.compact
     def __call__(
@@ -57,6 +59,7 @@ class UNet(nn.Module):
             dropout=self.dropout,
             norm=self.norm,
             dtype=self.dtype,
+            axis_name=self.axis_name,
         )
         cond, mask = self._condition(noise_levels, text_embeddings)
         *widths, bottleneck = self.widths

@@ -13,7 +13,6 @@ from ldm_jax.blocks import (
     SpatialAttention,
     UpBlock,
     attend,
-    get_norm,
     sinusoidal_embedding,
 )
 
@@ -76,51 +75,6 @@ def test_sinusoidal_embedding_follows_the_formula():
 def test_sinusoidal_embedding_requires_an_even_width_and_rank_one(levels, emb_dim):
     with pytest.raises(ValueError, match="must (be even|have shape)"):
         sinusoidal_embedding(levels, emb_dim)
-
-
-def test_the_batch_norm_has_the_originals_epsilon_and_momentum():
-    x = 3 + 2 * draw(6, 4, 4, 5)
-    layer = get_norm("batch", train=True, dtype=jnp.float32)()
-    variables = layer.init(jax.random.key(0), x)
-    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
-    mean, var = x.mean((0, 1, 2), dtype=np.float64), x.var((0, 1, 2), dtype=np.float64)
-    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), atol=1e-5)
-    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * mean, rtol=1e-5)
-    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
-
-
-def test_the_batch_norm_keeps_its_digits_far_from_zero():
-    x = 1000 + 0.1 * draw(64, 2, 2, 3)
-    layer = get_norm("batch", train=True, dtype=jnp.float32)()
-    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
-    x = x.astype(np.float64)
-    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
-    np.testing.assert_allclose(y, expected, atol=2e-3)
-
-
-def test_the_group_norm_normalises_groups_of_16_channels_of_one_picture():
-    x = 3 + 2 * draw(2, 4, 4, 48)
-    layer = get_norm("group", train=True, dtype=jnp.float32)()
-    y = layer.apply(layer.init(jax.random.key(0), x), x)
-    groups = x.astype(np.float64).reshape(2, 16, 3, 16)
-    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
-    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
-    np.testing.assert_allclose(y, expected, atol=1e-4)
-
-
-def test_the_group_norm_of_tokens_normalises_each_alone():
-    x = draw(2, 3, 32) * np.array([1, 10, 0.1], np.float32)[None, :, None]
-    layer = get_norm("group", train=False, dtype=jnp.float32, per_token=True)()
-    y = layer.apply(layer.init(jax.random.key(0), x), x)
-    groups = x.astype(np.float64).reshape(2, 3, 2, 16)
-    groups = groups - groups.mean(3, keepdims=True)
-    expected = groups / np.sqrt((groups**2).mean(3, keepdims=True) + 1e-5)
-    np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-4)
-
-
-def test_an_unknown_norm_is_refused():
-    with pytest.raises(ValueError, match="norm must be one of .*got 'layer'"):
-        get_norm("layer", train=False, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("heads, scaled", [(1, False), (1, True), (4, False), (2, True)])

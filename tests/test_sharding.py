@@ -1,7 +1,6 @@
-"""Eight virtual devices give the numbers of one; batches arrive in order."""
+"""Eight virtual devices give the numbers of one, however the state is spread over them."""
 
-import threading
-import time
+import types
 
 import chex
 import jax
@@ -9,12 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from ldm_jax import sharding
+from ldm_jax.feed import shard_batch
 from ldm_jax.latents import LatentScale
 from ldm_jax.sampler import Denoiser, get_diffuser, sample_seeds
-from ldm_jax.sharding import batch_sharding, feed_batches, get_mesh, replicated, shard_batch
-from ldm_jax.training import TrainState, get_eval_step, get_train_step
+from ldm_jax.training import create_train_state, get_eval_step, get_train_step
 from ldm_jax.unet import get_network
+
+SPREADS = {
+    "one device": ("data", "jit", 1),
+    "data": ("data", "jit", 8),
+    "pmap": ("data", "pmap", 8),
+    "fsdp": ("fsdp", "jit", 8),
+    "both": ("data=2,fsdp=4", "jit", 8),
+}
+
+
+FIELDS = {"widths": (32, 64), "text_features": 32, "dropout": 0.2}
 
 
 def draw_batch(k=0, size=16):
@@ -28,136 +40,281 @@ def draw_batch(k=0, size=16):
     }
 
 
+class Run:
+    """Three steps of a network, and the held-out loss after them.
+
+    SGD, since Adam would divide the gradients that are rounding noise by themselves.
+    """
+
+    def __init__(self, mesh, parallelism="jit"):
+        network = get_network(8, 1, 6, **FIELDS)
+        optimizer = optax.sgd(0.05, momentum=0.9)
+
+        def create(key):
+            return create_train_state(key, network, optimizer, (8, 8, 4), (6,))
+
+        shardings = None
+        if mesh is not None:
+            target = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
+            shardings = jax.tree.map(lambda x: x.sharding, target)
+        state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+        # The last layer starts at zero, which would keep all others still.
+        state.params["conv_out"]["kernel"] += 0.1
+        self.start = jax.device_get(state.params)
+        self.train_step = get_train_step(
+            network,
+            optimizer,
+            LatentScale(2.0),
+            mesh=mesh,
+            parallelism=parallelism,
+        )
+        self.losses = []
+        for k in range(3):
+            batch = draw_batch(k) if mesh is None else shard_batch(mesh, draw_batch(k))
+            state, metrics = self.train_step(state, jax.random.key(0), batch)
+            self.losses.append(jax.device_get(metrics))
+        eval_step = get_eval_step(network, LatentScale(2.0), mesh=mesh)
+        self.losses.append(jax.device_get(eval_step(state, jax.random.key(1), batch)))
+        self.state, self.values = state, jax.device_get(state)
+
+
 @pytest.fixture(scope="module")
 def runs():
-    """For one device and for eight: state and losses after three steps, and what was compiled."""
-    network = get_network(8, 1, 6, widths=(16, 32))
-    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), jnp.zeros((1, 6))
-    shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: np.float32(rng.standard_normal(x.shape) / np.sqrt(np.prod(x.shape[:-1]))),
-        shapes["params"],
-    )
-    # Adam would divide the gradients that are rounding noise by themselves.
-    optimizer = optax.sgd(0.05, momentum=0.9)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["batch_stats"])
-    results = {}
-    for devices in (1, 8):
-        mesh = get_mesh(jax.devices()[:devices])
-        state = TrainState(np.int32(0), params, zeros, params, zeros, optimizer.init(params))
-        state = jax.jit(lambda s: s, out_shardings=replicated(mesh))(state)
-        train_step = get_train_step(network, optimizer, LatentScale(2.0))
-        losses = []
-        for k in range(3):
-            batch = shard_batch(mesh, draw_batch(k))
-            state, metrics = train_step(state, jax.random.key(0), batch)
-            losses.append(metrics)
-        eval_step = get_eval_step(network, LatentScale(2.0))
-        losses.append(eval_step(state, jax.random.key(1), batch))
-        results[devices] = jax.device_get((state, losses)), train_step, state
-    return results
+    """By the way that a step is spread; "XLA's own" is the step without a mesh."""
+    found = {"XLA's own": Run(None)}
+    for way, (layout, parallelism, devices) in SPREADS.items():
+        found[way] = Run(sharding.get_mesh(layout, jax.devices()[:devices]), parallelism)
+    return found
 
 
-def test_eight_devices_train_as_one_does(runs):
-    (one, one_losses), _, _ = runs[1]
-    (eight, eight_losses), _, _ = runs[8]
-    assert one.step == eight.step == 3
-    chex.assert_trees_all_close(eight_losses, one_losses, rtol=1e-4)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SPREADS)
+def test_every_way_to_spread_a_step_gives_the_numbers_of_one_device(runs, way):
+    expected, found = runs["XLA's own"], runs[way]
+    assert found.values.step == 3
+    assert 0.1 < expected.losses[0]["loss"] < 1.5 and expected.losses[0]["grad_norm"] > 0.1
+    chex.assert_trees_all_close(found.losses, expected.losses, rtol=5e-4)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected.values.params, expected.start)
+    # So that agreement to a hundredth of it says something.
+    assert max(jax.tree.leaves(moved)) > 0.01
     for name in ("params", "ema_params"):
-        chex.assert_trees_all_close(getattr(eight, name), getattr(one, name), atol=1e-4)
+        chex.assert_trees_all_close(
+            getattr(found.values, name), getattr(expected.values, name), atol=1e-4
+        )
 
 
-def test_batch_norms_have_the_statistics_of_the_whole_batch(runs):
-    (one, _), _, _ = runs[1]
-    (eight, _), _, _ = runs[8]
-    chex.assert_trees_all_close(eight.batch_stats, one.batch_stats, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(eight.ema_batch_stats, one.ema_batch_stats, rtol=1e-4, atol=1e-6)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", SPREADS)
+def test_batch_norms_have_the_statistics_of_the_whole_batch(runs, way):
+    expected, found = runs["XLA's own"].values, runs[way].values
+    for name in ("batch_stats", "ema_batch_stats"):
+        chex.assert_trees_all_close(
+            getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-5
+        )
 
 
-def test_the_weights_stay_whole_on_every_device_and_the_step_compiles_once(runs):
-    _, train_step, state = runs[8]
-    for leaf in jax.tree.leaves(state):
-        assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 8
-    assert train_step._cache_size() == 1
+@pytest.mark.slow
+def test_pmap_gives_what_jit_with_shardings_gives(runs):
+    chex.assert_trees_all_close(runs["pmap"].values, runs["data"].values, atol=1e-4)
+    chex.assert_trees_all_close(runs["pmap"].losses, runs["data"].losses, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_the_state_stays_where_it_is_and_the_step_compiles_once(runs):
+    for way, (layout, parallelism, devices) in SPREADS.items():
+        mesh = sharding.get_mesh(layout, jax.devices()[:devices])
+        for leaf in jax.tree.leaves(runs[way].state):
+            expected = NamedSharding(mesh, sharding.get_spec(mesh, leaf.shape))
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+        if parallelism == "jit":
+            assert runs[way].train_step._cache_size() == 1
+
+
+@pytest.mark.slow
 def test_a_picture_does_not_depend_on_the_number_of_devices(runs):
-    network = get_network(8, 1, 6, widths=(16, 32))
-    denoiser = Denoiser(network, runs[1][0][0].ema_variables)
+    denoiser = Denoiser(get_network(8, 1, 6, **FIELDS), runs["one device"].values.ema_variables)
     diffuser = get_diffuser(denoiser, diffusion_steps=8)
     seeds, labels = sample_seeds(range(8), (8, 8, 4)), draw_batch(size=8)["text_embeddings"]
     expected = diffuser.reverse_diffusion(seeds, labels)
-    sharded = jax.device_put((seeds, labels), batch_sharding(get_mesh()))
-    latents = diffuser.reverse_diffusion(*sharded)
+    spread = jax.device_put((seeds, labels), sharding.batch_sharding(sharding.get_mesh()))
+    latents = diffuser.reverse_diffusion(*spread)
     assert np.std(latents) > 0.05
     np.testing.assert_allclose(latents, expected, atol=1e-4)
 
 
-def test_a_mesh_has_all_devices_or_those_given():
-    assert dict(get_mesh().shape) == {"data": 8}
-    assert get_mesh(jax.devices()[2:4]).devices.tolist() == jax.devices()[2:4]
+# What crosses the network.
 
 
-def test_a_batch_is_split_over_the_devices_in_order():
-    mesh, batch = get_mesh(), draw_batch()
-    sharded = shard_batch(mesh, batch)
-    chex.assert_trees_all_equal(jax.device_get(sharded), batch)
-    for name, array in sharded.items():
-        assert array.sharding == batch_sharding(mesh)
-        for i, shard in enumerate(array.addressable_shards):
-            assert shard.device == mesh.devices[i]
-            np.testing.assert_array_equal(shard.data, batch[name][2 * i : 2 * i + 2])
+def compiled_step(layout, reduce_dtype, dtype="bfloat16"):
+    """The optimised program of a step on eight devices, as text."""
+    mesh = sharding.get_mesh(layout)
+    w = jax.ShapeDtypeStruct((128, 128), jnp.float32)
+    w = sharding.place_shapes(mesh, {"w": w})
+
+    def loss_fn(params, batch_stats, rng, batch):
+        y = batch["x"].astype(dtype) @ params["w"].astype(dtype)
+        return jnp.mean(jnp.square(y.astype(jnp.float32))), batch_stats
+
+    def gradients(params, batch):
+        run = sharding.get_gradients(loss_fn, mesh, reduce_dtype=reduce_dtype)
+        return run(params, {}, jax.random.key(0), batch)
+
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    return jax.jit(gradients).lower(w, {"x": x}).as_text()
+
+
+@pytest.mark.parametrize("layout, operation", [("data", "all_reduce"), ("fsdp", "reduce_scatter")])
+@pytest.mark.parametrize("reduce_dtype, short", [("float32", "f32"), ("bfloat16", "bf16")])
+def test_gradients_are_added_up_in_the_dtype_that_was_chosen(
+    layout, operation, reduce_dtype, short
+):
+    # The computation is bfloat16 either way.
+    text = compiled_step(layout, reduce_dtype)
+    assert "tensor<8x128xbf16>" in text
+    bodies = text.split(f"stablehlo.{operation}")[1:]
+    large = [body.split("\n    }")[0] for body in bodies if "128xbf16" in body or "128xf32" in body]
+    assert len(large) >= 1
+    results = [body.split("->")[1].split("\n")[0] for body in bodies if "->" in body]
+    weights = [result for result in results if "128x" in result]
+    assert len(weights) == 1 and f"x{short}>" in weights[0]
+
+
+def test_a_sum_in_bfloat16_is_rounded_and_one_in_float32_is_not():
+    mesh = sharding.get_mesh("data")
+
+    def loss_fn(params, batch_stats, rng, batch):
+        return jnp.sum(params["w"] * batch["x"]), batch_stats
+
+    x = np.full((8, 1), 1 / 3, np.float32)
+    x[0] = 100.0
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = jax.jit(sharding.get_gradients(loss_fn, mesh, reduce_dtype=dtype))
+        batch = shard_batch(mesh, {"x": x})
+        _, gradient = run({"w": jnp.zeros((1, 1))}, {}, jax.random.key(0), batch)
+        found[dtype] = float(gradient["w"][0, 0])
+    exact = (100 + 7 / 3) / 8
+    assert abs(found["float32"] - exact) < 1e-5
+    assert 1e-3 < abs(found["bfloat16"] - exact) < 0.1
+
+
+# Meshes and what a device holds.
 
 
 @pytest.mark.parametrize(
-    "batch",
-    [{"a": np.zeros((12, 2))}, {"a": np.zeros((8, 2)), "b": np.zeros(16)}, {}],
+    "layout, sizes",
+    [
+        ("data", (8, 1)),
+        ("fsdp", (1, 8)),
+        ("data,fsdp=4", (2, 4)),
+        ("data=4, fsdp", (4, 2)),
+        ("fsdp=2,data=4", (4, 2)),
+        ("data=8", (8, 1)),
+    ],
 )
-def test_batches_that_cannot_be_split_are_refused(batch):
-    with pytest.raises(ValueError, match="divisible by the 8 devices, got {"):
-        shard_batch(get_mesh(), batch)
+def test_one_line_says_the_mesh(layout, sizes):
+    assert sharding.parse_layout(layout, 8) == sizes
+    mesh = sharding.get_mesh(layout)
+    assert dict(mesh.shape) == {"data": sizes[0], "fsdp": sizes[1]}
+    assert sorted(d.id for d in mesh.devices.flat) == list(range(8))
 
 
-def get_batch(k):
-    return {"k": np.full(8, k)}
+def test_a_mesh_has_all_devices_or_those_given():
+    assert sharding.get_mesh().devices.ravel().tolist() == jax.devices()
+    mesh = sharding.get_mesh("data", jax.devices()[2:4])
+    assert mesh.devices.ravel().tolist() == jax.devices()[2:4]
 
 
-def test_batches_arrive_in_order():
-    batches = list(feed_batches(get_mesh(), get_batch, range(3, 9)))
-    assert [int(batch["k"][0]) for batch in batches] == [3, 4, 5, 6, 7, 8]
-    assert batches[0]["k"].sharding == batch_sharding(get_mesh())
-    assert list(feed_batches(get_mesh(), get_batch, range(5, 5))) == []
+@pytest.mark.parametrize("layout", ["", "model", "data,fsdp", "data=x", "data=0", "data,data=2"])
+def test_lines_that_say_no_mesh_are_refused(layout):
+    with pytest.raises(ValueError, match="a mesh must look like .* got"):
+        sharding.parse_layout(layout, 8)
 
 
-def test_batches_are_read_ahead_but_not_far():
-    read = []
-    batches = feed_batches(get_mesh(), lambda k: read.append(k) or get_batch(k), range(50), ahead=2)
-    next(batches)
-    deadline = time.monotonic() + 10
-    while len(read) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert read == [0, 1, 2, 3]  # One used, two waiting, one in the reader's hands.
-    batches.close()
+def test_a_mesh_of_another_number_of_devices_is_refused():
+    with pytest.raises(ValueError, match="the mesh 'data=3' needs 3 devices, got 8"):
+        sharding.get_mesh("data=3")
+    with pytest.raises(ValueError, match="'data,fsdp=16' needs 16 devices, got 8"):
+        sharding.get_mesh("data,fsdp=16")
 
 
-def test_an_error_is_raised_where_the_batch_would_have_come():
-    def fail(k):
-        if k == 2:
-            raise OSError("the disk is gone")
-        return get_batch(k)
+class SliceDevice(types.SimpleNamespace):
+    """Stands for a device of one of several slices."""
 
-    batches = feed_batches(get_mesh(), fail, range(5))
-    assert [int(next(batches)["k"][0]) for _ in range(2)] == [0, 1]
-    with pytest.raises(OSError, match="the disk is gone"):
-        next(batches)
+    def __hash__(self):
+        return self.id
+
+    def __eq__(self, other):
+        return self.id == other.id
 
 
-def test_leaving_early_ends_the_reader():
-    before = threading.active_count()
-    batches = feed_batches(get_mesh(), get_batch, range(1000))
-    next(batches)
-    assert threading.active_count() == before + 1
-    batches.close()
-    assert threading.active_count() == before
+def get_slices(slices=2, size=4):
+    return [
+        SliceDevice(
+            id=i, slice_index=i // size, process_index=i // size, platform="gpu", device_kind="GPU"
+        )
+        for i in range(slices * size)
+    ]
+
+
+def test_only_the_data_axis_crosses_slices(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, names, axis_types: grid)
+    grid = sharding.get_mesh("data=4,fsdp=2", get_slices())
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    assert slices.shape == (4, 2)
+    assert np.all(slices[:, 0] == slices[:, 1]) and set(slices[:, 0]) == {0, 1}
+    assert sorted(device.id for device in grid.flat) == list(range(8))
+    with pytest.raises(ValueError, match="has 1 parts of the data for 2 slices"):
+        sharding.get_mesh("fsdp", get_slices())
+
+
+@pytest.mark.parametrize(
+    "shape, spec",
+    [
+        ((3, 3, 64, 128), (None, None, None, "fsdp")),
+        ((3, 3, 256, 128), (None, None, "fsdp")),
+        ((64, 64), (None, "fsdp")),
+        ((1, 1, 4, 128), ()),  # Small.
+        ((8192,), ()),  # A vector.
+        ((63, 513), ()),  # Nothing divides.
+        ((64, 513), ("fsdp",)),
+        ((), ()),
+    ],
+)
+def test_the_longest_axis_that_divides_is_split(shape, spec):
+    assert sharding.get_spec(sharding.get_mesh("data=2,fsdp=4"), shape) == PartitionSpec(*spec)
+    assert sharding.get_spec(sharding.get_mesh("data"), shape) == PartitionSpec()
+
+
+def test_the_table_says_what_a_device_holds():
+    mesh = sharding.get_mesh("data=2,fsdp=4")
+    shapes = {"a": {"kernel": (3, 3, 16, 64)}, "b": {"bias": (64,)}}
+    tree = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    lines = sharding.describe_shardings(sharding.place_shapes(mesh, tree)).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["a/kernel", "3x3x16x64", "fsdp,", "axis", "3", "9,216"],
+        ["b/bias", "64", "-", "256"],
+        ["all", "of", "37,120", "9,472"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"parallelism": "pjit"}, "parallelism must be one of .* got 'pjit'"),
+        ({"reduce_dtype": "float16"}, "reduce_dtype must be one of .* got 'float16'"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.get_gradients(None, sharding.get_mesh(), **options)
+
+
+def test_pmap_is_data_parallel_alone():
+    with pytest.raises(ValueError, match="pmap is data parallel alone, got .*'fsdp': 8"):
+        sharding.get_gradients(None, sharding.get_mesh("fsdp"), "pmap")

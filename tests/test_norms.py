@@ -1,0 +1,139 @@
+"""Norms and dropout against numpy, on one device and with a batch that is spread by hand."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from ldm_jax.norms import BatchNorm, Dropout, batch_places, get_norm, sample_keys
+from ldm_jax.sharding import AXES, get_mesh
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_the_batch_norm_has_the_originals_epsilon_and_momentum():
+    x = 3 + 2 * draw(6, 4, 4, 5)
+    layer = get_norm("batch", train=True, dtype=jnp.float32)()
+    variables = layer.init(jax.random.key(0), x)
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    mean, var = x.mean((0, 1, 2), dtype=np.float64), x.var((0, 1, 2), dtype=np.float64)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
+
+
+def test_the_batch_norm_keeps_its_digits_far_from_zero():
+    x = 1000 + 0.1 * draw(64, 2, 2, 3)
+    layer = get_norm("batch", train=True, dtype=jnp.float32)()
+    y, _ = layer.apply(layer.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    x = x.astype(np.float64)
+    expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
+    np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+def test_the_group_norm_normalises_groups_of_16_channels_of_one_picture():
+    x = 3 + 2 * draw(2, 4, 4, 48)
+    layer = get_norm("group", train=True, dtype=jnp.float32)()
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    groups = x.astype(np.float64).reshape(2, 16, 3, 16)
+    mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
+def test_the_group_norm_of_tokens_normalises_each_alone():
+    x = draw(2, 3, 32) * np.array([1, 10, 0.1], np.float32)[None, :, None]
+    layer = get_norm("group", train=False, dtype=jnp.float32, per_token=True)()
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    groups = x.astype(np.float64).reshape(2, 3, 2, 16)
+    groups = groups - groups.mean(3, keepdims=True)
+    expected = groups / np.sqrt((groups**2).mean(3, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-4)
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm must be one of .*got 'layer'"):
+        get_norm("layer", train=False, dtype=jnp.float32)
+
+
+def spread(function, *, whole=1, layout="data=2,fsdp=4"):
+    """`function` on eight devices; the first `whole` arguments go to each, the others in parts."""
+    mesh = get_mesh(layout)
+
+    def run(*arguments):
+        specs = [PartitionSpec()] * whole + [PartitionSpec(AXES)] * (len(arguments) - whole)
+        out = (PartitionSpec(AXES), PartitionSpec())
+        return jax.shard_map(function, mesh=mesh, in_specs=tuple(specs), out_specs=out)(*arguments)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_batch_norm_of_a_spread_batch_has_the_statistics_of_the_whole(masked):
+    # Each device's tokens have another mean, and with the mask another number of them counts.
+    x = draw(16, 5, 6) + np.arange(16, dtype=np.float32)[:, None, None]
+    mask = np.arange(5)[None, :, None] <= (np.arange(16) % 5)[:, None, None]
+    layer = BatchNorm(use_running_average=False, axis_name=AXES)
+    variables = layer.init(jax.random.key(0), x)
+
+    def apply(variables, x, mask):
+        return layer.apply(variables, x, mask if masked else None, mutable=["batch_stats"])
+
+    y, updates = spread(apply)(variables, x, mask)
+    counted = x[np.broadcast_to(mask, x.shape)].reshape(-1, 6) if masked else x.reshape(-1, 6)
+    mean, var = counted.mean(0, dtype=np.float64), counted.var(0, dtype=np.float64)
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * mean, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
+
+
+def test_the_batch_norm_is_linens_where_there_is_no_mask():
+    x = 2 + 3 * draw(4, 3, 3, 8)
+    own = BatchNorm(use_running_average=False)
+    linens = nn.BatchNorm(
+        use_running_average=False, momentum=0.99, epsilon=1e-3, use_fast_variance=False
+    )
+    variables = linens.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, own.init(jax.random.key(0), x)) == jax.tree.map(
+        jnp.shape, variables
+    )
+    results = [layer.apply(variables, x, mutable=["batch_stats"]) for layer in (own, linens)]
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *results)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    layer, x = Dropout(0.3), jnp.ones((100, 20, 20))
+    y = np.asarray(layer.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.7)}
+    assert abs(np.mean(y == 0) - 0.3) < 4 * np.sqrt(0.3 * 0.7 / y.size)
+    shares = np.mean(y == 0, axis=(1, 2))  # Each sample has a mask of its own, of the same share.
+    assert 0.01 < shares.std() < 0.04 and len(np.unique(y, axis=0)) == 100
+    np.testing.assert_array_equal(layer.apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, train=True), x)
+
+
+def test_dropout_is_the_same_on_any_number_of_devices():
+    x, key = jnp.ones((16, 30)), jax.random.key(3)
+
+    def apply(key, x, axis_name=None):
+        y = Dropout(0.5, axis_name).apply({}, x, train=True, rngs={"dropout": key})
+        return y, jnp.zeros(())
+
+    expected, _ = jax.jit(apply)(key, x)
+    for layout in ("data", "data=2,fsdp=4", "fsdp"):
+        found, _ = spread(partial(apply, axis_name=AXES), layout=layout)(key, x)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_places_of_a_spread_batch_are_those_of_the_whole():
+    places, _ = spread(lambda x: (batch_places(len(x), AXES), jnp.zeros(())), whole=0)(np.zeros(16))
+    np.testing.assert_array_equal(places, np.arange(16))
+    keys = jax.random.key_data(sample_keys(jax.random.key(0), 4))
+    expected = [jax.random.key_data(jax.random.fold_in(jax.random.key(0), i)) for i in range(4)]
+    np.testing.assert_array_equal(keys, expected)
