@@ -3,7 +3,8 @@
     python train.py --config=configs/emoji.py --workdir=runs/emoji [--config.batch_size=256 ...]
 
 The same command again goes on from the newest checkpoint. On several hosts the same command runs
-on each, see docs/pods.md.
+on each, see docs/pods.md. With --compile_for=v5e:16x16 it compiles the step for a pod that is not
+there, and says what it would need.
 """
 
 import json
@@ -16,7 +17,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import checkpoint, data, feed, hosts, sampler, sharding, training
+from ldm_jax import checkpoint, data, feed, forecast, hosts, sampler, sharding, training
+from ldm_jax.chips import parse_target
 from ldm_jax.encoders import load_vae
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
@@ -156,6 +158,23 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     return state
 
 
+def compile_for(config: Any, pod: str) -> bool:
+    """Prints what the training step of `config` needs on a pod; whether it fits there.
+
+    Needs no data: a cache that is there tells the shape of the text embeddings, else they are taken
+    to be vectors.
+    """
+    target = parse_target(pod)
+    forecast.prepare(target)
+    try:
+        embedding_shape = data.open_cache(data.default_cache(config)).embedding_shape
+    except (FileNotFoundError, ValueError):
+        embedding_shape = (config.network.emb_size,)
+    found = forecast.forecast_step(config, target, embedding_shape)
+    print(forecast.describe(found, target))
+    return found.fits
+
+
 def _check_shapes(network, cache):
     """The network must have been sized for what the cache holds."""
     wanted = (network.latent_image_size, network.latent_image_size, network.latent_channels)
@@ -178,6 +197,10 @@ def main(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
     f = flags.FLAGS
     try:
+        if f.compile_for:
+            raise SystemExit(0 if compile_for(f.config, f.compile_for) else 1)
+        if not f.workdir:
+            raise app.UsageError("--workdir must name the folder of the run")
         print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
         train(f.config, f.workdir)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -192,5 +215,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "number of processes on all hosts")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
     flags.DEFINE_enum("cluster", "auto", hosts.CLUSTERS, "what tells the three flags above")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.DEFINE_string(
+        "compile_for", "", "only say what a pod would need, e.g. v5e:16x16 or 8*h100"
+    )
+    flags.mark_flag_as_required("config")
     app.run(main)

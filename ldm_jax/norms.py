@@ -95,17 +95,20 @@ class BatchNorm(nn.Module):
 
     def _statistics(self, x, mask):
         """Mean and variance (c,) over all samples and positions that count, on all devices."""
-        mask = jnp.ones((1,) * x.ndim) if mask is None else mask.astype(jnp.float32)
         axes = tuple(range(x.ndim - 1))
+        spread = self.axis_name is not None and not self.is_initializing()
 
         def total(values):
             sums = jnp.sum(values, axes)
-            spread = self.axis_name is not None and not self.is_initializing()
             return jax.lax.psum(sums, self.axis_name) if spread else sums
 
-        count = total(jnp.broadcast_to(mask, (*x.shape[:-1], 1)))
-        mean = total(x * mask) / count
-        centred = (x - mean.reshape((1,) * len(axes) + (-1,))) * mask
+        if mask is None:
+            mask, count = True, x.size // x.shape[-1]
+            count = count * jax.lax.axis_size(self.axis_name) if spread else count
+        else:
+            count = total(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(jnp.float32))
+        mean = total(jnp.where(mask, x, 0)) / count
+        centred = jnp.where(mask, x - mean.reshape((1,) * len(axes) + (-1,)), 0)
         return mean, total(jnp.square(centred)) / count
 
 
