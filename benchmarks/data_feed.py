@@ -24,14 +24,14 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
 
 from ldm_jax.cache_files import PICTURES_PER_SHARD, ShardRows, begin_cache, finish_cache
-from ldm_jax.data import LatentCache, open_cache
+from ldm_jax.data import LatentCache, open_cache, partial_folder
 from ldm_jax.order import order_epoch
 
 BLOCK = 4096
@@ -198,19 +198,35 @@ def format_row(found: dict[str, float]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def main(argv):
-    f = flags.FLAGS
+def run(
+    folder: Path,
+    sizes: Sequence[int],
+    std: bool = False,
+    shard_size: int = PICTURES_PER_SHARD,
+    batch_size: int = 1024,
+    seconds: float = 4.0,
+) -> list[dict[str, float]]:
+    """Writes, measures and removes a cache of each size, prints the table, returns the figures."""
     titles = ["records", "GB", "first, ms", "cold", "warm", "middle", "windows", "2 hosts cold"]
     titles += ["2 hosts warm", "epoch", "peak, MB", "private, MB"]
     print("| " + " | ".join(titles) + " |\n|" + "---:|" * len(titles), flush=True)
-    for records in map(int, f.records):
-        folder = Path(f.folder) / f"feed-{records}"
+    rows = []
+    for records in sizes:
+        cache = folder / f"feed-{records}"
         try:
-            write_cache(folder, records, f.std, f.shard_size)
-            print(format_row(measure_cache(folder, f.batch_size, f.seconds)), flush=True)
+            write_cache(cache, records, std, shard_size)
+            rows.append(measure_cache(cache, batch_size, seconds))
+            print(format_row(rows[-1]), flush=True)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(folder.with_name(folder.name + ".partial"), ignore_errors=True)
+            for path in (cache, partial_folder(cache)):
+                shutil.rmtree(path, ignore_errors=True)
+    return rows
+
+
+def main(argv):
+    f = flags.FLAGS
+    sizes = [int(records) for records in f.records]
+    run(Path(f.folder), sizes, f.std, f.shard_size, f.batch_size, f.seconds)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from ldm_jax.pictures import SPLITS
 from ldm_jax.shards import file_digest, open_shard, shard_file
 
 PICTURES_PER_SHARD = 65_536
+BYTES_PER_SHARD = 2**29  # Two windows of four are read ahead into memory.
 
 
 class ShardRows(NamedTuple):
@@ -42,6 +43,11 @@ class ShardRows(NamedTuple):
 def digest_json(content) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def get_shard_size(bytes_of_picture: float) -> int:
+    """How many pictures a shard can hold, with the embeddings of their captions."""
+    return min(PICTURES_PER_SHARD, max(int(BYTES_PER_SHARD // bytes_of_picture), 1))
 
 
 def is_whole(cache: Path, plan: Mapping) -> bool:

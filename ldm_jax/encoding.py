@@ -17,11 +17,11 @@ from jaxtyping import Float16, Shaped
 from tqdm import tqdm
 
 from ldm_jax.cache_files import (
-    PICTURES_PER_SHARD,
     ShardRows,
     begin_cache,
     digest_json,
     finish_cache,
+    get_shard_size,
     is_whole,
     run_chunks,
     save_rows,
@@ -43,7 +43,7 @@ def encode_pictures(
     source: str | os.PathLike,
     image_size: int = 128,
     chunk_size: int = PICTURES_PER_CHUNK,
-    shard_size: int = PICTURES_PER_SHARD,
+    shard_size: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Encodes pictures and their captions into a latent cache; a whole cache is left as it is.
@@ -58,7 +58,8 @@ def encode_pictures(
         source: the folder of the pictures; the cache names files relative to it.
         image_size: side of the square pictures that the VAE sees.
         chunk_size: how many pictures an interruption can cost.
-        shard_size: how many pictures a shard can hold; it holds whole chunks.
+        shard_size: how many pictures a shard can hold, whole chunks of them; None: 65 536, or as
+            many as fill 512 MiB.
         progress: whether to show progress bars.
 
     Returns:
@@ -86,9 +87,11 @@ def encode_pictures(
         raise ValueError(f"image_size must be {needed}, got {image_size}")
     latent_shape = (side, side, vae.latent_channels)
     examples = sum(len(picture.captions) for picture in pictures)
-    # Float16 mean and std in chunks and in whole files; embeddings in one copy more.
-    needed = 8 * len(pictures) * int(np.prod(latent_shape))
-    needed += 6 * examples * int(np.prod(text_encoder.shape))
+    # Float16 mean and std in chunks and in shards; embeddings in one copy more.
+    moments = 4 * len(pictures) * int(np.prod(latent_shape))
+    embeddings = 2 * examples * int(np.prod(text_encoder.shape))
+    needed = 2 * moments + 3 * embeddings
+    shard_size = shard_size or get_shard_size((moments + embeddings) / len(pictures))
     partial = begin_cache(cache, plan | dict(chunk_size=chunk_size), needed)
 
     # Captions, each distinct one once.
@@ -147,7 +150,7 @@ def from_npy_pair(
     cache: str | os.PathLike,
     vae: str,
     text_encoder: str,
-    shard_size: int = PICTURES_PER_SHARD,
+    shard_size: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Copies a pair of .npy files into a latent cache; a whole cache is left as it is.
@@ -158,7 +161,7 @@ def from_npy_pair(
         cache: the folder to write.
         vae: name of the VAE that made the latents, taken on trust.
         text_encoder: name of the text encoder, taken on trust.
-        shard_size: how many rows a shard can hold.
+        shard_size: how many rows a shard can hold; None: as in `encode_pictures`.
         progress: whether to show progress bars.
 
     Returns:
@@ -182,7 +185,9 @@ def from_npy_pair(
     )
     if is_whole(cache, plan):
         return cache
-    partial = begin_cache(cache, plan, needed=2 * (z.size + embeddings.size))
+    needed = 2 * (z.size + embeddings.size)
+    size = shard_size or get_shard_size(needed / n)
+    partial = begin_cache(cache, plan, needed)
 
     def copy(array: np.ndarray, path: Path, rows: range) -> Iterator[np.ndarray]:
         for i in rows[::ROWS_PER_BLOCK]:
@@ -190,7 +195,7 @@ def from_npy_pair(
             yield _to_float16(block, f"{path} from row {i} on")
 
     def get_shard(start: int) -> ShardRows:
-        rows = range(start, min(start + shard_size, n))
+        rows = range(start, min(start + size, n))
         records = [
             dict(caption="", file=f"row {i}", split=assign_split(str(i)), concept=str(i), style="")
             for i in rows
@@ -201,7 +206,7 @@ def from_npy_pair(
         }
         return ShardRows(records, range(len(rows)), arrays)
 
-    starts = range(0, n, shard_size)
+    starts = range(0, n, size)
     bar = tqdm(starts, desc=cache.name, unit="shard", disable=not progress)
     about = plan | dict(source=",".join(map(str, paths)), skipped=[])
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stand_ins import LetterEncoder, MeanVAE, contents, encode, make_pictures
 
-from ldm_jax.cache_files import save_rows
+from ldm_jax.cache_files import begin_cache, finish_cache, get_shard_size, save_rows
 from ldm_jax.data import open_cache, partial_folder
 from ldm_jax.moments import get_moments, get_statistics
 
@@ -121,6 +121,18 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=message) as caught:
         encode(tmp_path, pictures=pictures)
     assert caught.value.errno == errno.EROFS
+
+
+def test_a_shard_holds_65536_pictures_or_half_a_gibibyte():
+    assert get_shard_size(3072) == 65_536
+    assert get_shard_size(2**17) == 4096
+    assert get_shard_size(2**31) == 1
+
+
+def test_another_number_of_shards_than_was_said_is_refused(tmp_path):
+    begin_cache(tmp_path / "cache", {}, needed=0)
+    with pytest.raises(ValueError, match="cache must get 2 shards, got 0"):
+        finish_cache(tmp_path / "cache", [], 2, {})
 
 
 def test_rows_of_another_shape_or_number_are_never_written(tmp_path):
