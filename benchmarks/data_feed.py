@@ -7,14 +7,15 @@ latents and 512 embeddings in float16, 5 kB with --std), measures each in fresh 
 it, and prints a markdown table of examples/s:
 
     cold      from the first batch on, after the kernel was asked to drop the files
-    warm      the same batches again
+    warm      the same batches again, the better of two times
     middle    cold, from the middle of the first epoch on
-    windows   warm, 64 batches around each of the first three ends of windows
+    window    warm, 64 batches around the end of the first window
     2 hosts   cold and warm, two processes at once, each with half of the rows, together
-    epoch     one whole epoch, with what the kernel's cache held by then
+    epoch     one whole epoch, cold
 
-`first` is the time to open the cache and read the first batch cold, `peak` the largest resident
-memory of a reading process, and `private` what of it does not lie in mapped files.
+`disk` is what reading the same files from end to end gives, `first` the time to open the cache and
+read the first batch, both cold; `peak` is the largest resident memory of a reading process, and
+`private` what of it does not lie in mapped files.
 """
 
 import concurrent.futures
@@ -26,6 +27,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
@@ -91,51 +93,66 @@ def drop_pages(folder: Path):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+class Reading(NamedTuple):
+    """What was read, and in which time."""
+
+    batches: int
+    examples: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        return self.examples / self.seconds
+
+
 def read_batches(
     cache: LatentCache, batches: range, batch_size: int, seconds: float, rows: slice = slice(None)
-) -> tuple[int, float]:
-    """Reads batches for some seconds at most; returns the examples read and the time taken."""
-    examples, start = 0, time.perf_counter()
+) -> Reading:
+    """Reads batches for some seconds at most."""
+    done, examples, start = 0, 0, time.perf_counter()
     for k in batches:
         batch = cache.batch(0, k, batch_size, dtype=np.float16, rows=rows)
-        examples += len(batch["latents_mean"])
+        done, examples = done + 1, examples + len(batch["latents_mean"])
         if time.perf_counter() - start > seconds:
             break
-    return examples, time.perf_counter() - start
+    return Reading(done, examples, time.perf_counter() - start)
+
+
+def read_files(folder: Path, seconds: float) -> float:
+    """Bytes per second of reading the arrays from end to end, cold, for some seconds at most."""
+    drop_pages(folder)
+    buffer, done, start = bytearray(2**22), 0, time.perf_counter()
+    for path in sorted(folder.glob("*.npy")):
+        with open(path, "rb", buffering=0) as file:
+            while time.perf_counter() - start < seconds and (size := file.readinto(buffer)):
+                done += size
+    return done / (time.perf_counter() - start)
 
 
 def measure_one(folder: Path, batch_size: int, seconds: float, epoch: bool) -> dict:
     """All figures of one reading process."""
     batches = max(open_cache(folder).num_examples() // batch_size, 1)
-    start, middle = range(batches), range(batches // 2, batches)
 
-    def rate(cache: LatentCache, batches: range, seconds: float = seconds) -> float:
-        gc.collect()  # So that no cache is left but this one.
-        examples, taken = read_batches(cache, batches, batch_size, seconds)
-        return examples / taken
+    def read(batches: range, cold: bool, seconds: float = seconds) -> Reading:
+        gc.collect()  # The kernel keeps what a process has mapped: no cache may be left open.
+        if cold:
+            drop_pages(folder)
+        return read_batches(open_cache(folder), batches, batch_size, seconds)
 
-    # The kernel keeps what a process has mapped: each cold figure opens the cache anew.
-    drop_pages(folder)
-    began = time.perf_counter()
-    open_cache(folder).batch(0, 0, batch_size, dtype=np.float16)
-    found = {"first": time.perf_counter() - began}
-    gc.collect()
-    drop_pages(folder)
-    found["cold"] = rate(open_cache(folder), start)
-    found["warm"] = rate(open_cache(folder), start)
-    gc.collect()
-    drop_pages(folder)
-    found["middle"] = rate(open_cache(folder), middle)
+    found = {"disk": read_files(folder, seconds)}
+    found["first"] = read(range(1), cold=True).seconds
+    cold = read(range(batches), cold=True)
+    found["cold"] = cold.rate
+    found["warm"] = max(read(range(cold.batches), cold=False, seconds=math.inf).rate for _ in "ab")
+    found["middle"] = read(range(batches // 2, batches), cold=True).rate
 
-    cache = open_cache(folder)
-    ends = order_epoch(0, 0, tuple(s["counts"]["train"] for s in cache.manifest["shards"])).ends
-    borders = [int(end) // batch_size for end in ends[:3]]
-    around = [range(max(k - 32, 0), k + 32) for k in borders]
-    for part in around:  # The pages come in.
-        rate(cache, part)
-    found["windows"] = len(around) / sum(1 / rate(cache, part) for part in around)
+    counts = (shard["counts"]["train"] for shard in open_cache(folder).manifest["shards"])
+    border = int(order_epoch(0, 0, tuple(counts)).ends[0]) // batch_size
+    around = range(max(border - 32, 0), border + 32)
+    read(around, cold=False)  # The pages come in.
+    found["window"] = read(around, cold=False).rate
     if epoch:
-        found["epoch"] = rate(cache, start, math.inf)
+        found["epoch"] = read(range(batches), cold=True, seconds=math.inf).rate
     return found | read_memory()
 
 
@@ -148,13 +165,12 @@ def read_memory() -> dict[str, float]:
 
 
 def measure_host(
-    folder: Path, batch_size: int, seconds: float, host: int, hosts: int, barrier
-) -> tuple[int, float]:
-    """Examples and time of one of several processes that read disjoint rows of the same batches."""
+    folder: Path, batches: range, batch_size: int, seconds: float, host: int, hosts: int, barrier
+) -> Reading:
+    """What one reads of several processes that read disjoint rows of the same batches."""
     cache = open_cache(folder)
     rows = slice(host * batch_size // hosts, (host + 1) * batch_size // hosts)
     barrier.wait()
-    batches = range(max(cache.num_examples() // batch_size, 1))
     return read_batches(cache, batches, batch_size, seconds, rows)
 
 
@@ -167,16 +183,22 @@ def measure_cache(
     found = {"records": sum(open_cache(folder).manifest["counts"].values()), "bytes": sum(files)}
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         found |= pool.submit(measure_one, folder, batch_size, seconds, epoch).result()
+    # The same batches cold and warm, as many as the slowest host read.
     drop_pages(folder)
+    batches, limit = range(max(open_cache(folder).num_examples() // batch_size, 1)), seconds
     with context.Manager() as manager:
         for name in ("hosts_cold", "hosts_warm"):
             barrier = manager.Barrier(hosts)
             with concurrent.futures.ProcessPoolExecutor(hosts, context) as pool:
                 runs = [
-                    pool.submit(measure_host, folder, batch_size, seconds, host, hosts, barrier)
+                    pool.submit(
+                        measure_host, folder, batches, batch_size, limit, host, hosts, barrier
+                    )
                     for host in range(hosts)
                 ]
-                found[name] = sum(n / taken for n, taken in (run.result() for run in runs))
+                read = [run.result() for run in runs]
+            found[name] = sum(reading.rate for reading in read)
+            batches, limit = range(min(reading.batches for reading in read)), math.inf
     return found
 
 
@@ -189,8 +211,9 @@ def format_row(found: dict[str, float]) -> str:
     cells = [
         f"{found['records']:,}".replace(",", " "),
         f"{found['bytes'] / 1e9:.1f}",
+        f"{found['disk'] / 1e9:.2f}",
         f"{1e3 * found['first']:.0f}",
-        *(thousands(name) for name in ("cold", "warm", "middle", "windows")),
+        *(thousands(name) for name in ("cold", "warm", "middle", "window")),
         *(thousands(name) for name in ("hosts_cold", "hosts_warm", "epoch")),
         f"{found['peak'] / 1e6:.0f}",
         f"{found['private'] / 1e6:.0f}",
@@ -207,8 +230,8 @@ def run(
     seconds: float = 4.0,
 ) -> list[dict[str, float]]:
     """Writes, measures and removes a cache of each size, prints the table, returns the figures."""
-    titles = ["records", "GB", "first, ms", "cold", "warm", "middle", "windows", "2 hosts cold"]
-    titles += ["2 hosts warm", "epoch", "peak, MB", "private, MB"]
+    titles = ["records", "GB", "disk, GB/s", "first, ms", "cold", "warm", "middle", "window"]
+    titles += ["2 hosts cold", "2 hosts warm", "epoch", "peak, MB", "private, MB"]
     print("| " + " | ".join(titles) + " |\n|" + "---:|" * len(titles), flush=True)
     rows = []
     for records in sizes:

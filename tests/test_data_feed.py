@@ -40,12 +40,12 @@ def test_marks_are_exact_for_ten_million_rows(data_feed):
 def test_the_figures_are_measured_and_the_caches_removed(tmp_path, data_feed, capsys):
     found = data_feed.run(tmp_path, [300, 700], batch_size=32, seconds=0.01, shard_size=64)
     assert [figures["records"] for figures in found] == [300, 700]
-    rates = {"cold", "warm", "middle", "windows", "hosts_cold", "hosts_warm", "epoch"}
+    rates = {"cold", "warm", "middle", "window", "hosts_cold", "hosts_warm", "epoch"}
     for figures in found:
-        assert set(figures) == rates | {"records", "bytes", "first", "peak", "private"}
+        assert set(figures) == rates | {"records", "bytes", "disk", "first", "peak", "private"}
         assert all(value > 0 for value in figures.values())
         assert figures["bytes"] > 3072 * figures["records"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in (lines[0], *lines[2:])] == ["records", "300", "700"]
-    assert {line.count("|") for line in lines} == {13}
+    assert {line.count("|") for line in lines} == {14}
     assert list(tmp_path.iterdir()) == []
