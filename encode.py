@@ -43,7 +43,7 @@ def encode(config: Any, progress: bool = True) -> Path:
         vae = Path(encoders.vae).expanduser()
         # A folder's name is its full path, as load_vae has it.
         vae_name = str(vae.resolve()) if vae.is_dir() else encoders.vae
-        return from_npy_pair(paths[0], paths[1], cache, vae_name, encoders.text, progress)
+        return from_npy_pair(paths[0], paths[1], cache, vae_name, encoders.text, progress=progress)
 
     # What is wrong with the pictures is said before the encoders are loaded.
     folder = get_pictures(config, progress)
@@ -71,7 +71,8 @@ def summarise(cache: LatentCache) -> str:
     counts = ", ".join(f"{split} {count}" for split, count in manifest["counts"].items())
     return (
         f"{cache.folder}\n"
-        f"  pictures    {manifest['pictures']}, skipped {len(manifest['skipped'])}\n"
+        f"  pictures    {manifest['pictures']}, skipped {len(manifest['skipped'])}, "
+        f"in {len(manifest['shards'])} shards\n"
         f"  examples    {counts}\n"
         f"  latents     {cache.latent_shape}, std_latent {cache.std_latent:.4f}, "
         f"by {manifest['vae']['name']}\n"

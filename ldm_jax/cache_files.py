@@ -1,4 +1,4 @@
-"""Rows of latents and embeddings => the files of a latent cache, which appears in one step."""
+"""Rows of latents and embeddings => the shards of a latent cache, which appears in one step."""
 
 import contextlib
 import errno
@@ -8,31 +8,46 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Shaped
+from tqdm import tqdm
 
 from ldm_jax.data import (
     FORMAT_VERSION,
     MANIFEST,
-    file_digest,
     open_cache,
     partial_folder,
     same_encoder,
 )
+from ldm_jax.moments import Moments, get_moments, get_statistics
 from ldm_jax.pictures import SPLITS
+from ldm_jax.shards import file_digest, open_shard, shard_file
 
-CLIP_DEVIATIONS = 2.5
-BLOCK = 4096
+PICTURES_PER_SHARD = 65_536
+BYTES_PER_SHARD = 2**29  # Two windows of four are read ahead into memory.
+
+
+class ShardRows(NamedTuple):
+    """What goes into one shard."""
+
+    records: Sequence[Mapping]  # of each example caption, file, split, concept, style
+    picture_index: Sequence[int]  # the picture of each example, within the shard
+    arrays: Mapping[str, tuple[int, Iterable[np.ndarray]]]  # number of rows, and they in blocks
 
 
 def digest_json(content) -> str:
     """SHA-256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def get_shard_size(bytes_of_picture: float) -> int:
+    """How many pictures a shard can hold, with the embeddings of their captions."""
+    return min(PICTURES_PER_SHARD, max(int(BYTES_PER_SHARD // bytes_of_picture), 1))
 
 
 def is_whole(cache: Path, plan: Mapping) -> bool:
@@ -92,57 +107,77 @@ def begin_cache(cache: Path, plan: Mapping, needed: int) -> Path:
     return partial
 
 
-def finish_cache(
-    cache: Path,
-    records: Sequence[Mapping],
-    picture_index: Sequence[int],
-    arrays: Mapping[str, tuple[int, Iterable[np.ndarray]]],
-    about: Mapping,
-) -> Path:
-    """Writes the files of a cache beside its unfinished work and gives them the cache's name.
+def run_chunks(
+    folder: Path,
+    items: Sequence,
+    size: int,
+    function: Callable[[Sequence, Callable[[int], Any]], Sequence[np.ndarray]],
+    names: Sequence[str],
+    progress: bool,
+) -> list[list[Path]]:
+    """Runs function on chunks of items and keeps its arrays as files; those there are left alone.
+
+    Args:
+        folder: where the files go.
+        items: what is to be encoded.
+        size: items of a chunk.
+        function: a chunk, and what to call with each number of items done => its arrays.
+        names: of the arrays.
+        progress: whether to show a progress bar.
+
+    Returns:
+        For each chunk the files of its arrays, in the order of names.
+    """
+    folder.mkdir(exist_ok=True)
+    chunks = []
+    with tqdm(total=len(items), desc=folder.name, disable=not progress) as bar:
+        for start in range(0, len(items), size):
+            part = items[start : start + size]
+            paths = [folder / f"{start // size:05d}.{name}.npy" for name in names]
+            if paths[-1].exists():  # The last file of a chunk is its seal.
+                bar.update(len(part))
+            else:
+                for path, array in zip(paths, function(part, bar.update)):
+                    save_rows(path, len(array), [array])
+            chunks.append(paths)
+    return chunks
+
+
+def finish_cache(cache: Path, shards: Iterable[ShardRows], num_shards: int, about: Mapping) -> Path:
+    """Writes the shards of a cache beside its unfinished work and gives them the cache's name.
 
     Args:
         cache: the folder that will be.
-        records: of each example caption, file, split, concept and style.
-        picture_index: the picture of each example.
-        arrays: number of rows, and the rows in blocks, of each large array.
+        shards: what they hold, one after the other; no two of them are in memory.
+        num_shards: how many they are.
         about: what else the manifest says.
 
     Returns:
         The cache folder.
     """
-    codes = np.array([SPLITS.index(record["split"]) for record in records], np.uint8)
-    index = np.array(picture_index, np.int32)
-    train_pictures = np.unique(index[codes == SPLITS.index("train")])
-    counts = {split: int((codes == i).sum()) for i, split in enumerate(SPLITS)}
-    if not len(train_pictures):
-        raise ValueError(f"the source must have pictures to train on, got the examples {counts}")
     whole = partial_folder(cache) / "whole"
     if whole.exists():
         shutil.rmtree(whole)
     whole.mkdir()
-    small = {"picture_index": (len(index), [index]), "split": (len(codes), [codes])}
-    for name, (rows, blocks) in {**arrays, **small}.items():
-        save_rows(whole / f"{name}.npy", rows, blocks)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _save_text(whole / "examples.jsonl", "".join(lines))
-
-    opened = {name: np.load(whole / f"{name}.npy", mmap_mode="r") for name in arrays}
-    files = {}
-    for path in sorted(whole.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r")
-            files[path.name] |= {"shape": array.shape, "dtype": str(array.dtype)}
+    listed, moments = [], []
+    for number, shard in enumerate(shards):
+        listed.append(_write_shard(whole, number, num_shards, shard))
+        moments.append(_measure_shard(whole, listed[-1]))
+    if len(listed) != num_shards:
+        raise ValueError(f"{cache} must get {num_shards} shards, got {len(listed)}")
+    counts = {split: sum(shard["counts"][split] for shard in listed) for split in SPLITS}
+    if not counts["train"]:
+        raise ValueError(f"the source must have pictures to train on, got the examples {counts}")
+    arrays = open_shard(whole, listed[0])
     manifest = {
         "format_version": FORMAT_VERSION,
         **about,
-        "latent_shape": opened["latents_mean"].shape[1:],
-        "embedding_shape": opened["text_embeddings"].shape[1:],
-        "pictures": len(opened["latents_mean"]),
+        "latent_shape": arrays["latents_mean"].shape[1:],
+        "embedding_shape": arrays["text_embeddings"].shape[1:],
+        "pictures": sum(shard["pictures"] for shard in listed),
         "counts": counts,
-        **get_statistics(opened["latents_mean"], opened.get("latents_std"), train_pictures),
-        "files": files,
+        **get_statistics(moments),
+        "shards": listed,
     }
     _save_text(whole / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
     with _name_errors(cache, 0):
@@ -151,41 +186,36 @@ def finish_cache(
     return cache
 
 
-def get_statistics(
-    mean: Float[np.ndarray, "n h w c"],
-    std: Float[np.ndarray, "n h w c"] | None,
-    rows: Int[np.ndarray, " m"],
-) -> dict:
-    """Mean and standard deviation of latents that are drawn from N(mean, std^2).
-
-    By the law of total variance var(z) = var(mean) + E(std^2), for each channel, and once more
-    over the channels for `std_latent` = 2.5 sqrt(var(z)).
-
-    Args:
-        mean, std: moments of all pictures; without std the latents are the means.
-        rows: the pictures that count.
-
-    Returns:
-        `std_latent`, `channel_mean` and `channel_std` as Python numbers.
-    """
-
-    def average(array: np.ndarray, function) -> np.ndarray:
-        blocks = (rows[start : start + BLOCK] for start in range(0, len(rows), BLOCK))
-        sums = [function(array[block].astype(np.float64)).sum((0, 1, 2)) for block in blocks]
-        return np.sum(sums, axis=0) / (len(rows) * math.prod(array.shape[1:3]))
-
-    channel_mean = average(mean, lambda z: z)
-    channel_var = average(mean, lambda z: (z - channel_mean) ** 2)
-    if std is not None:
-        channel_var = channel_var + average(std, np.square)
-    variance = channel_var.mean() + channel_mean.var()
-    if variance == 0:
-        raise ValueError(f"training latents must vary, got {channel_mean.tolist()} everywhere")
+def _write_shard(folder: Path, number: int, num_shards: int, shard: ShardRows) -> dict:
+    """Writes the files of a shard and returns its entry in the manifest."""
+    codes = np.array([SPLITS.index(record["split"]) for record in shard.records], np.uint8)
+    index = np.array(shard.picture_index, np.int32)
+    small = {"picture_index": (len(index), [index]), "split": (len(codes), [codes])}
+    paths = []
+    for name, (rows, blocks) in {**shard.arrays, **small}.items():
+        paths.append(folder / shard_file(name, ".npy", number, num_shards))
+        save_rows(paths[-1], rows, blocks)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in shard.records)
+    paths.append(folder / shard_file("examples", ".jsonl", number, num_shards))
+    _save_text(paths[-1], "".join(lines))
+    files = {}
+    for path in paths:
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r")
+            files[path.name] |= {"shape": array.shape, "dtype": str(array.dtype)}
     return {
-        "std_latent": CLIP_DEVIATIONS * math.sqrt(variance),
-        "channel_mean": channel_mean.tolist(),
-        "channel_std": np.sqrt(channel_var).tolist(),
+        "pictures": shard.arrays["latents_mean"][0],
+        "counts": {split: int((codes == i).sum()) for i, split in enumerate(SPLITS)},
+        "files": files,
     }
+
+
+def _measure_shard(folder: Path, about: Mapping) -> Moments:
+    """The moments of a shard's training pictures."""
+    arrays = open_shard(folder, about)
+    train = np.unique(arrays["picture_index"][arrays["split"] == SPLITS.index("train")])
+    return get_moments(arrays["latents_mean"], arrays.get("latents_std"), train)
 
 
 def save_rows(path: Path, rows: int, blocks: Iterable[Shaped[np.ndarray, "b ..."]]):

@@ -1,50 +1,50 @@
 """A latent cache folder => batches of latent moments and text embeddings.
 
-The folder is written once by `encoding.py` and read by whole batches from memory maps:
+The folder is written once by `encoding.py`, in shards, and read by whole batches from memory maps:
 
-    manifest.json        which encoders, shapes, counts, statistics, checksums
-    latents_mean.npy     float16 (n h w c), raw VAE scale
-    latents_std.npy      float16 (n h w c), the VAE's posterior; absent if only latents were given
-    text_embeddings.npy  float16 (m ...), one for each caption of each picture
-    picture_index.npy    int32 (m), the picture of each example
-    split.npy            uint8 (m), index into `pictures.SPLITS`
-    examples.jsonl       m lines: caption, file, split, concept, style
+    manifest.json                          encoders, shapes, counts, statistics; files of each shard
+    latents_mean-00000-of-00003.npy        float16 (n h w c), raw VAE scale
+    latents_std-00000-of-00003.npy         float16 (n h w c), the VAE's posterior; may be absent
+    text_embeddings-00000-of-00003.npy     float16 (m ...), one for each caption of each picture
+    picture_index-00000-of-00003.npy       int32 (m), the picture of each example, within the shard
+    split-00000-of-00003.npy               uint8 (m), index into `pictures.SPLITS`
+    examples-00000-of-00003.jsonl          m lines: caption, file, split, concept, style
+
+No list of all examples is ever made, in memory or on the disk: see `docs/data.md`.
 """
 
 import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from ldm_jax.cache import cache_home
+from ldm_jax.order import WINDOW, Part, draw_permutation, locate_batch, next_window, order_epoch
 from ldm_jax.pictures import SPLITS
+from ldm_jax.shards import ReadAhead, Shards, check_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 SOURCES = ("emoji", "folder", "npy")
 
 
-@functools.lru_cache(maxsize=4)  # Two epochs of two splits.
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
-    order.flags.writeable = False
-    return order
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentCache:
-    """An open latent cache; an example is one caption of one picture."""
+    """An open latent cache; an example is one caption of one picture.
+
+    Examples are numbered over all shards, in the order of the source.
+    """
 
     folder: Path
     manifest: Mapping
-    arrays: Mapping[str, np.ndarray]  # memory maps, by file name without .npy
 
     @property
     def std_latent(self) -> float:
@@ -63,27 +63,24 @@ class LatentCache:
 
     def num_examples(self, split: str = "train") -> int:
         """Counts the examples of a split."""
-        return len(self.examples(split))
+        return sum(self._counts(split))
 
     def examples(self, split: str = "train") -> Int[np.ndarray, " m"]:
-        """The indices of a split's examples, in the order of the source."""
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        return self._by_split[split]
+        """The numbers of a split's examples, in the order of the source.
 
-    @functools.cached_property
-    def _by_split(self) -> dict[str, np.ndarray]:
-        codes = self.arrays["split"]
-        return {split: np.flatnonzero(codes == i) for i, split in enumerate(SPLITS)}
+        It reads every shard and holds eight bytes for each example: for small sets and held-out
+        splits.
+        """
+        counts, code = self._counts(split), SPLITS.index(split)
+        return np.concatenate([self._shards.examples(n, code) for n in range(len(counts))])
 
-    @functools.cached_property
-    def _records(self) -> list[dict]:
-        text = (self.folder / "examples.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.split("\n") if line]
+    def pictures(self, indices: Sequence[int] | np.ndarray) -> Int[np.ndarray, " m"]:
+        """The pictures of some examples, numbered over all shards."""
+        return self._shards.pictures(indices)
 
     def records(self, indices: Sequence[int] | np.ndarray) -> list[dict]:
         """What is known of some examples: caption, file, split, concept, style."""
-        return [self._records[i] for i in indices]
+        return [json.loads(line) for line in self._shards.lines(indices)]
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The captions of some examples."""
@@ -101,38 +98,19 @@ class LatentCache:
         Returns:
             `latents_mean` and `text_embeddings`, and `latents_std` if the cache holds it.
         """
-        pictures = self.arrays["picture_index"][indices]
-        rows = {"latents_mean": pictures, "latents_std": pictures, "text_embeddings": indices}
-        return {
-            name: self.arrays[name][row].astype(dtype, copy=False)
-            for name, row in rows.items()
-            if name in self.arrays
-        }
+        taken = self._shards.take(indices)
+        return {name: array.astype(dtype, copy=False) for name, array in taken.items()}
 
     def batch_indices(
         self, seed: int, k: int, batch_size: int, split: str = "train"
     ) -> Int[np.ndarray, " b"]:
         """Examples of batch k, a pure function of (seed, k) that goes on over the ends of epochs.
 
-        Epoch e visits the split in the order of the permutation that Philox draws with the key
-        [seed, e]; batch k is places k batch_size to (k + 1) batch_size of all epochs in a row.
+        They are those at places k batch_size to (k + 1) batch_size of the order that `order.py`
+        draws. In the batch they stand as on the disk, window by window, so that a host with one
+        part of the rows reads about that part of each window's files, and no other host does.
         """
-        examples = self.examples(split)
-        if not len(examples):
-            raise ValueError(
-                f"split {split!r} must have examples, {self.folder} has {self.manifest['counts']}"
-            )
-        if min(seed, k, batch_size - 1) < 0:
-            raise ValueError(
-                f"requires seed >= 0, k >= 0 and batch_size >= 1, got {seed=} {k=} {batch_size=}"
-            )
-        place, end = k * batch_size, (k + 1) * batch_size
-        parts = []
-        while place < end:
-            epoch, start = divmod(place, len(examples))
-            parts.append(_permutation(seed, epoch, len(examples))[start : start + end - place])
-            place += len(parts[-1])
-        return examples[np.concatenate(parts)]
+        return self._draw(seed, self._locate(seed, k, batch_size, split), split)
 
     def batch(
         self,
@@ -143,9 +121,83 @@ class LatentCache:
         dtype: np.typing.DTypeLike = np.float32,
         rows: slice | Sequence[int] | np.ndarray | None = None,
     ) -> dict[str, Float[np.ndarray, "b ..."]]:
-        """Reads batch k, or some of its rows: `take` of `batch_indices`."""
-        indices = self.batch_indices(seed, k, batch_size, split)
-        return self.take(indices if rows is None else indices[rows], dtype)
+        """Reads batch k, or some of its rows: `take` of `batch_indices`.
+
+        Args:
+            seed: of the run.
+            k: number of the batch.
+            batch_size: examples of the batch, on all hosts together.
+            split: which examples.
+            dtype: of the result.
+            rows: of the batch, those that this host reads; None: all.
+        """
+        parts = self._locate(seed, k, batch_size, split)
+        indices = self._draw(seed, parts, split)
+        kept = np.arange(batch_size) if rows is None else np.arange(batch_size)[rows]
+        if len(kept):
+            for part in parts:
+                self._enter(seed, split, part, kept.min(), kept.max() + 1, batch_size)
+        return self.take(indices[kept], dtype)
+
+    @functools.cached_property
+    def _shards(self) -> Shards:
+        # A batch may reach over the end of a window: the maps of two stay.
+        return Shards(self.folder, self.manifest["shards"], keep=2 * WINDOW)
+
+    @functools.cached_property
+    def _all_counts(self) -> dict[str, tuple[int, ...]]:
+        shards = self.manifest["shards"]
+        return {split: tuple(about["counts"][split] for about in shards) for split in SPLITS}
+
+    def _counts(self, split: str) -> tuple[int, ...]:
+        """The examples of a split in each shard."""
+        if split not in SPLITS:
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+        return self._all_counts[split]
+
+    def _locate(self, seed: int, k: int, batch_size: int, split: str) -> list[Part]:
+        counts = self._counts(split)
+        if not any(counts):
+            raise ValueError(
+                f"split {split!r} must have examples, {self.folder} has {self.manifest['counts']}"
+            )
+        return locate_batch(seed, k, batch_size, counts)
+
+    def _draw(self, seed: int, parts: list[Part], split: str) -> Int[np.ndarray, " b"]:
+        windows = (self._window(seed, part.epoch, part.window, split) for part in parts)
+        return np.concatenate([np.sort(w[p.start : p.stop]) for w, p in zip(windows, parts)])
+
+    @functools.cached_property
+    def _window(self) -> Callable[[int, int, int, str], Int[np.ndarray, " n"]]:
+        """The examples of a window in its order, by seed, epoch, number and split."""
+
+        def draw(seed: int, epoch: int, number: int, split: str) -> np.ndarray:
+            shards = order_epoch(seed, epoch, self._counts(split)).windows[number]
+            code = SPLITS.index(split)
+            examples = np.concatenate([self._shards.examples(shard, code) for shard in shards])
+            return examples[draw_permutation(seed, epoch, number, len(examples))]
+
+        return functools.lru_cache(4)(draw)  # Two windows of two splits.
+
+    @functools.cached_property
+    def _read_ahead(self) -> ReadAhead:
+        return ReadAhead()
+
+    def _enter(self, seed: int, split: str, part: Part, first: int, end: int, batch_size: int):
+        """Asks for the files of a window and of the next, when a batch first comes there.
+
+        Rows `first` to `end` of the batches are about that part of the files: a row strays from it
+        by a standard deviation of up to 0.5 / sqrt(batch_size), and three of these are added.
+        """
+        counts, stray = self._counts(split), 1.5 / math.sqrt(batch_size)
+        low, high = first / batch_size - stray, end / batch_size + stray
+        for epoch, number in ((part.epoch, part.window), next_window(seed, part, counts)):
+            shards = order_epoch(seed, epoch, counts).windows[number]
+            of_split = sum(counts[shard] for shard in shards)
+            # Of a held-out split only a few rows of each file are read.
+            if 2 * of_split > self._shards.num_examples(shards):
+                key = (seed, epoch, number, split, low, high)
+                self._read_ahead.ask(key, self._shards.spans(shards, low, high))
 
 
 def same_encoder(one: Mapping, other: Mapping) -> bool:
@@ -177,23 +229,10 @@ def open_cache(
                 f"{folder} must have been made with the {kind} {dict(expected)}, "
                 f"got {manifest[kind]}: encode again into another folder"
             )
-    arrays = {}
-    for name, about in manifest["files"].items():
-        path = folder / name
-        size = path.stat().st_size
-        if size != about["bytes"]:
-            raise ValueError(f"{path} must have {about['bytes']} bytes, got {size}: encode again")
-        if verify and file_digest(path) != about["sha256"]:
-            raise ValueError(f"{path} must have sha256 {about['sha256']}: damaged, encode again")
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r").view(np.ndarray)
-            if [*array.shape, str(array.dtype)] != [*about["shape"], about["dtype"]]:
-                raise ValueError(
-                    f"{path} must be {about['dtype']} {about['shape']}, "
-                    f"got {array.dtype} {list(array.shape)}"
-                )
-            arrays[path.stem] = array
-    return LatentCache(folder, manifest, arrays)
+    for shard in manifest["shards"]:
+        for name, about in shard["files"].items():
+            check_file(folder / name, about, verify)
+    return LatentCache(folder, manifest)
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -208,19 +247,16 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"{path} is damaged: {error}") from error
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path} must have format_version {FORMAT_VERSION}, got {version}")
+        raise ValueError(
+            f"{path} must have format_version {FORMAT_VERSION}, got {version}: "
+            "remove the cache, or name another folder, and encode again"
+        )
     return manifest
 
 
 def partial_folder(cache: Path) -> Path:
     """Where an unfinished cache is kept."""
     return cache.with_name(cache.name + ".partial")
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def default_cache(config) -> Path:

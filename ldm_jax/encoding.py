@@ -16,7 +16,16 @@ from absl import logging
 from jaxtyping import Float16, Shaped
 from tqdm import tqdm
 
-from ldm_jax.cache_files import begin_cache, digest_json, finish_cache, is_whole, save_rows
+from ldm_jax.cache_files import (
+    ShardRows,
+    begin_cache,
+    digest_json,
+    finish_cache,
+    get_shard_size,
+    is_whole,
+    run_chunks,
+    save_rows,
+)
 from ldm_jax.pictures import Picture, PictureError, assign_split, load_picture
 
 PICTURES_PER_CHUNK = 512
@@ -34,6 +43,7 @@ def encode_pictures(
     source: str | os.PathLike,
     image_size: int = 128,
     chunk_size: int = PICTURES_PER_CHUNK,
+    shard_size: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Encodes pictures and their captions into a latent cache; a whole cache is left as it is.
@@ -48,6 +58,8 @@ def encode_pictures(
         source: the folder of the pictures; the cache names files relative to it.
         image_size: side of the square pictures that the VAE sees.
         chunk_size: how many pictures an interruption can cost.
+        shard_size: how many pictures a shard can hold, whole chunks of them; None: 65 536, or as
+            many as fill 512 MiB.
         progress: whether to show progress bars.
 
     Returns:
@@ -75,15 +87,17 @@ def encode_pictures(
         raise ValueError(f"image_size must be {needed}, got {image_size}")
     latent_shape = (side, side, vae.latent_channels)
     examples = sum(len(picture.captions) for picture in pictures)
-    # Float16 mean and std in chunks and in whole files; embeddings in one copy more.
-    needed = 8 * len(pictures) * int(np.prod(latent_shape))
-    needed += 6 * examples * int(np.prod(text_encoder.shape))
+    # Float16 mean and std in chunks and in shards; embeddings in one copy more.
+    moments = 4 * len(pictures) * int(np.prod(latent_shape))
+    embeddings = 2 * examples * int(np.prod(text_encoder.shape))
+    needed = 2 * moments + 3 * embeddings
+    shard_size = shard_size or get_shard_size((moments + embeddings) / len(pictures))
     partial = begin_cache(cache, plan | dict(chunk_size=chunk_size), needed)
 
     # Captions, each distinct one once.
     captions = list(dict.fromkeys(text for picture in pictures for text in picture.captions))
     embed = functools.partial(_embed_captions, text_encoder=text_encoder)
-    chunks = _run_chunks(
+    chunks = run_chunks(
         partial / "captions", captions, CAPTIONS_PER_CHUNK, embed, ["embeddings"], progress
     )
     distinct = partial / "embeddings.npy"
@@ -95,32 +109,39 @@ def encode_pictures(
             _encode_pictures, vae=vae, size=image_size, latent_shape=latent_shape, pool=pool
         )
         names = ["mean", "std", "errors"]
-        chunks = _run_chunks(partial / "pictures", pictures, chunk_size, encode, names, progress)
+        chunks = run_chunks(partial / "pictures", pictures, chunk_size, encode, names, progress)
     means, stds, errors = zip(*chunks)
     errors = np.concatenate([np.load(path) for path in errors]).tolist()
-    kept = [i for i, error in enumerate(errors) if not error]
-    if not kept:
+    if all(errors):
         shutil.rmtree(partial)
         raise ValueError(f"none of {len(errors)} pictures can be read; {files[0]} {errors[0]}")
 
-    # Examples: every caption of every picture that is left.
+    # Shards: chunks in a row, and every caption of every picture that is left.
     row_of = {caption: row for row, caption in enumerate(captions)}
-    records, picture_index, caption_rows = [], [], []
-    for place, i in enumerate(kept):
-        _, texts, split, concept, style = pictures[i]
-        for text in texts:
-            about = dict(caption=text, file=files[i], split=split, concept=concept, style=style)
-            records.append(about)
-            picture_index.append(place)
-            caption_rows.append(row_of[text])
-    arrays = {
-        "latents_mean": (len(kept), (np.load(path) for path in means)),
-        "latents_std": (len(kept), (np.load(path) for path in stds)),
-        "text_embeddings": (len(records), _gather(distinct, np.array(caption_rows))),
-    }
+    size = max(shard_size // chunk_size, 1) * chunk_size
+    starts = [i for i in range(0, len(pictures), size) if not all(errors[i : i + size])]
+
+    def get_shard(start: int) -> ShardRows:
+        kept = [i for i in range(start, min(start + size, len(errors))) if not errors[i]]
+        records, picture_index, caption_rows = [], [], []
+        for place, i in enumerate(kept):
+            _, texts, split, concept, style = pictures[i]
+            for text in texts:
+                about = dict(caption=text, file=files[i], split=split, concept=concept, style=style)
+                records.append(about)
+                picture_index.append(place)
+                caption_rows.append(row_of[text])
+        part = slice(start // chunk_size, (start + size) // chunk_size)
+        arrays = {
+            "latents_mean": (len(kept), (np.load(path) for path in means[part])),
+            "latents_std": (len(kept), (np.load(path) for path in stds[part])),
+            "text_embeddings": (len(records), _gather(distinct, np.array(caption_rows))),
+        }
+        return ShardRows(records, picture_index, arrays)
+
     skipped = [dict(file=file, error=error) for file, error in zip(files, errors) if error]
     about = plan | dict(source=str(source), skipped=skipped)
-    return finish_cache(cache, records, picture_index, arrays, about)
+    return finish_cache(cache, map(get_shard, starts), len(starts), about)
 
 
 def from_npy_pair(
@@ -129,6 +150,7 @@ def from_npy_pair(
     cache: str | os.PathLike,
     vae: str,
     text_encoder: str,
+    shard_size: int | None = None,
     progress: bool = False,
 ) -> Path:
     """Copies a pair of .npy files into a latent cache; a whole cache is left as it is.
@@ -139,6 +161,7 @@ def from_npy_pair(
         cache: the folder to write.
         vae: name of the VAE that made the latents, taken on trust.
         text_encoder: name of the text encoder, taken on trust.
+        shard_size: how many rows a shard can hold; None: as in `encode_pictures`.
         progress: whether to show progress bars.
 
     Returns:
@@ -162,62 +185,35 @@ def from_npy_pair(
     )
     if is_whole(cache, plan):
         return cache
-    partial = begin_cache(cache, plan, needed=2 * (z.size + embeddings.size))
+    needed = 2 * (z.size + embeddings.size)
+    size = shard_size or get_shard_size(needed / n)
+    partial = begin_cache(cache, plan, needed)
 
-    def copy(array: np.ndarray, path: Path) -> Iterator[np.ndarray]:
-        for i in tqdm(range(0, n, ROWS_PER_BLOCK), desc=path.name, disable=not progress):
-            yield _to_float16(array[i : i + ROWS_PER_BLOCK], f"{path} from row {i} on")
+    def copy(array: np.ndarray, path: Path, rows: range) -> Iterator[np.ndarray]:
+        for i in rows[::ROWS_PER_BLOCK]:
+            block = array[i : min(i + ROWS_PER_BLOCK, rows.stop)]
+            yield _to_float16(block, f"{path} from row {i} on")
 
-    records = [
-        dict(caption="", file=f"row {i}", split=assign_split(str(i)), concept=str(i), style="")
-        for i in range(n)
-    ]
-    arrays = {
-        "latents_mean": (n, copy(z, paths[0])),
-        "text_embeddings": (n, copy(embeddings, paths[1])),
-    }
+    def get_shard(start: int) -> ShardRows:
+        rows = range(start, min(start + size, n))
+        records = [
+            dict(caption="", file=f"row {i}", split=assign_split(str(i)), concept=str(i), style="")
+            for i in rows
+        ]
+        arrays = {
+            "latents_mean": (len(rows), copy(z, paths[0], rows)),
+            "text_embeddings": (len(rows), copy(embeddings, paths[1], rows)),
+        }
+        return ShardRows(records, range(len(rows)), arrays)
+
+    starts = range(0, n, size)
+    bar = tqdm(starts, desc=cache.name, unit="shard", disable=not progress)
     about = plan | dict(source=",".join(map(str, paths)), skipped=[])
     try:
-        return finish_cache(cache, records, range(n), arrays, about)
+        return finish_cache(cache, map(get_shard, bar), len(starts), about)
     except BaseException:
         shutil.rmtree(partial)  # Copying is quick, there is nothing to keep.
         raise
-
-
-def _run_chunks(
-    folder: Path,
-    items: Sequence,
-    size: int,
-    function: Callable[[Sequence, Callable[[int], Any]], Sequence[np.ndarray]],
-    names: Sequence[str],
-    progress: bool,
-) -> list[list[Path]]:
-    """Runs function on chunks of items and keeps its arrays as files; those there are left alone.
-
-    Args:
-        folder: where the files go.
-        items: what is to be encoded.
-        size: items of a chunk.
-        function: a chunk, and what to call with each number of items done => its arrays.
-        names: of the arrays.
-        progress: whether to show a progress bar.
-
-    Returns:
-        For each chunk the files of its arrays, in the order of names.
-    """
-    folder.mkdir(exist_ok=True)
-    chunks = []
-    with tqdm(total=len(items), desc=folder.name, disable=not progress) as bar:
-        for start in range(0, len(items), size):
-            part = items[start : start + size]
-            paths = [folder / f"{start // size:05d}.{name}.npy" for name in names]
-            if paths[-1].exists():  # The last file of a chunk is its seal.
-                bar.update(len(part))
-            else:
-                for path, array in zip(paths, function(part, bar.update)):
-                    save_rows(path, len(array), [array])
-            chunks.append(paths)
-    return chunks
 
 
 def _embed_captions(

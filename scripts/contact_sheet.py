@@ -48,7 +48,7 @@ def choose_examples(cache: LatentCache, split: str, n: int, seed: int) -> np.nda
     Of an emoji's captions the first names its style.
     """
     examples = cache.examples(split)
-    _, first = np.unique(cache.arrays["picture_index"][examples], return_index=True)
+    _, first = np.unique(cache.pictures(examples), return_index=True)
     return examples[np.random.default_rng(seed).permutation(first)[:n]]
 
 

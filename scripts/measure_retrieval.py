@@ -38,7 +38,8 @@ class Gallery(NamedTuple):
 
 def load_gallery(cache: LatentCache, folder: Path) -> Gallery:
     """Reads all real pictures of a cache from their folder and computes their features."""
-    _, first = np.unique(cache.arrays["picture_index"], return_index=True)
+    examples = np.arange(sum(cache.manifest["counts"].values()))
+    _, first = np.unique(cache.pictures(examples), return_index=True)
     features = image_features(load_real(cache, folder, first, cache.manifest["image_size"]))
     centre = features.mean(0)
     return Gallery(to_unit(features, centre), centre, cache.records(first))

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from stand_ins import LetterEncoder, MeanVAE, contents, encode, make_pictures
 
-from ldm_jax.cache_files import get_statistics, save_rows
+from ldm_jax.cache_files import begin_cache, finish_cache, get_shard_size, save_rows
 from ldm_jax.data import open_cache, partial_folder
+from ldm_jax.moments import get_moments, get_statistics
 
 
 def test_statistics_are_those_of_drawn_training_latents(tmp_path):
     cache = open_cache(encode(tmp_path))
     # Drawn from the stored moments, many times, by numpy alone.
-    codes, index = cache.arrays["split"], cache.arrays["picture_index"]
-    train = np.unique(index[codes == 0])
+    examples = cache.examples("train")
+    train, first = np.unique(cache.pictures(examples), return_index=True)
     assert len(train) == 17
-    mean = cache.arrays["latents_mean"][train].astype(float)
-    std = cache.arrays["latents_std"][train].astype(float)
+    moments = cache.take(examples[first], float)
+    mean, std = moments["latents_mean"], moments["latents_std"]
     drawn = mean + std * np.random.default_rng(0).standard_normal((5000, *mean.shape))
     np.testing.assert_allclose(cache.std_latent, 2.5 * drawn.std(), rtol=3e-3)
     np.testing.assert_allclose(cache.manifest["channel_std"], drawn.std((0, 1, 2, 3)), rtol=5e-3)
@@ -30,7 +31,9 @@ def test_statistics_are_those_of_drawn_training_latents(tmp_path):
 def test_statistics_without_std_are_those_of_the_means():
     mean = np.random.default_rng(0).normal(3, 2, (9000, 2, 2, 3)).astype(np.float16)
     rows = np.arange(0, 9000, 2)
-    found = get_statistics(mean, None, rows)
+    # In three parts, one of them without a picture that counts.
+    parts = [rows[:7], rows[7:7], rows[7:]]
+    found = get_statistics([get_moments(mean, None, part) for part in parts])
     picked = mean[rows].astype(float)
     np.testing.assert_allclose(found["std_latent"], 2.5 * picked.std(), rtol=1e-12)
     np.testing.assert_allclose(found["channel_std"], picked.std((0, 1, 2)), rtol=1e-12)
@@ -118,6 +121,18 @@ def test_a_read_only_folder_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=message) as caught:
         encode(tmp_path, pictures=pictures)
     assert caught.value.errno == errno.EROFS
+
+
+def test_a_shard_holds_65536_pictures_or_half_a_gibibyte():
+    assert get_shard_size(3072) == 65_536
+    assert get_shard_size(2**17) == 4096
+    assert get_shard_size(2**31) == 1
+
+
+def test_another_number_of_shards_than_was_said_is_refused(tmp_path):
+    begin_cache(tmp_path / "cache", {}, needed=0)
+    with pytest.raises(ValueError, match="cache must get 2 shards, got 0"):
+        finish_cache(tmp_path / "cache", [], 2, {})
 
 
 def test_rows_of_another_shape_or_number_are_never_written(tmp_path):

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ldm_jax.data import LatentCache
+from ldm_jax.cache_files import ShardRows, begin_cache, finish_cache
+from ldm_jax.data import open_cache
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -21,12 +22,20 @@ def scripts(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path):
-    """Six pictures of two captions each; the last two are of split "test"."""
-    arrays = {
-        "picture_index": np.repeat(np.arange(6, dtype=np.int32), 2),
-        "split": np.array([0] * 8 + [2] * 4, np.uint8),
-    }
-    return LatentCache(tmp_path, {}, arrays)
+    """Six pictures of two captions each, in two shards; the last two are of split "test"."""
+    latents = np.random.default_rng(0).normal(size=(6, 2, 2, 3)).astype(np.float16)
+
+    def get_shard(start):
+        splits = ["test" if start + i // 2 >= 4 else "train" for i in range(6)]
+        arrays = {
+            "latents_mean": (3, [latents[start : start + 3]]),
+            "text_embeddings": (6, [np.zeros((6, 4), np.float16)]),
+        }
+        return ShardRows([dict(split=split) for split in splits], [0, 0, 1, 1, 2, 2], arrays)
+
+    about = dict(vae=dict(name="vae", sha256=None), text_encoder=dict(name="text", sha256=None))
+    begin_cache(tmp_path / "cache", about, needed=0)
+    return open_cache(finish_cache(tmp_path / "cache", map(get_shard, (0, 3)), 2, about))
 
 
 def test_the_first_caption_of_each_picture_is_chosen_once_in_the_seeds_order(scripts, cache):

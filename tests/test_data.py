@@ -35,31 +35,31 @@ def test_what_is_no_whole_cache_is_refused(tmp_path, cache):
 
 
 def test_damaged_files_are_named(cache):
-    path = cache.folder / "latents_mean.npy"
+    path = cache.folder / "latents_mean-00000-of-00001.npy"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     assert open_cache(cache.folder)
-    with pytest.raises(ValueError, match="latents_mean.npy must have sha256 .* damaged"):
+    with pytest.raises(ValueError, match="latents_mean-00000-of.* must have sha256 .* damaged"):
         open_cache(cache.folder, verify=True)
     path.write_bytes(content[:-2])
-    with pytest.raises(ValueError, match="latents_mean.npy must have 608 bytes, got 606"):
+    with pytest.raises(ValueError, match="latents_mean-.* must have 608 bytes, got 606: copy"):
         open_cache(cache.folder)
     path.unlink()
-    with pytest.raises(FileNotFoundError, match="latents_mean.npy"):
+    with pytest.raises(FileNotFoundError, match="latents_mean-00000-of-00001.npy is missing.*copy"):
         open_cache(cache.folder)
 
 
 def test_a_manifest_that_does_not_fit_is_named(cache):
     path = cache.folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    about = manifest["files"]["split.npy"]
+    about = manifest["shards"][0]["files"]["split-00000-of-00001.npy"]
     about["dtype"] = "int64"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match=r"split.npy must be int64 \[30\], got uint8 \[30\]"):
-        open_cache(cache.folder)
-    path.write_text(json.dumps(manifest | {"format_version": 7}))
-    with pytest.raises(ValueError, match="must have format_version 1, got 7"):
+    with pytest.raises(ValueError, match=r"split-.* must be int64 \[30\], got uint8 \[30\]"):
+        open_cache(cache.folder).batch(0, 0, 4)
+    path.write_text(json.dumps(manifest | {"format_version": 1}))
+    with pytest.raises(ValueError, match="must have format_version 2, got 1: .* encode again"):
         open_cache(cache.folder)
     path.write_text("{")
     with pytest.raises(ValueError, match="manifest.json is damaged"):
@@ -70,18 +70,19 @@ def test_a_manifest_that_does_not_fit_is_named(cache):
 
 
 def literal_batch(examples, seed, k, batch_size):
-    """Batch k by writing out all epochs up to it."""
+    """Batch k by writing out all epochs up to it; in a batch each epoch's examples ascend."""
     stream, epoch = [], 0
     while len(stream) < (k + 1) * batch_size:
         bits = np.random.Philox(key=np.array([seed, epoch], np.uint64))
-        stream += [examples[i] for i in np.random.Generator(bits).permutation(len(examples))]
+        order = np.random.Generator(bits).permutation(len(examples))
+        stream += [(epoch, examples[i]) for i in order]
         epoch += 1
-    return stream[k * batch_size : (k + 1) * batch_size]
+    return [example for _, example in sorted(stream[k * batch_size : (k + 1) * batch_size])]
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 25, 60])
 def test_batches_equal_a_literal_implementation_in_any_order(cache, batch_size):
-    examples = np.flatnonzero(cache.arrays["split"] == 0).tolist()
+    examples = [i for i in range(30) if i not in (4, 5, 6, 7, 8)]
     for k in (3, 0, 11, 4, 3):
         indices = cache.batch_indices(5, k, batch_size)
         assert indices.tolist() == literal_batch(examples, 5, k, batch_size)
@@ -95,6 +96,21 @@ def test_an_epoch_visits_every_training_example_once(cache):
     assert sorted(seen) == cache.examples("train").tolist()
     assert seen.tolist() != sorted(seen)
     assert seen[:5].tolist() != cache.batch_indices(1, 0, 5).tolist()
+
+
+def test_examples_outside_the_cache_are_refused(cache):
+    for wrong in (-1, 30):
+        with pytest.raises(IndexError, match=f"must be from 0 to 29, got .*{wrong}"):
+            cache.take([3, wrong])
+
+
+def test_no_examples_are_empty_arrays(cache):
+    assert {k: v.shape for k, v in cache.take([]).items()} == {
+        "latents_mean": (0, 2, 2, 3),
+        "latents_std": (0, 2, 2, 3),
+        "text_embeddings": (0, 4),
+    }
+    assert cache.records([]) == []
 
 
 def test_splits_are_read_in_order(cache):

@@ -17,6 +17,7 @@ import sample
 import train
 from configs import demo, emoji, seed, tiny
 from ldm_jax import checkpoint
+from ldm_jax.data import open_cache
 from ldm_jax.plotting import read_png_metadata
 
 ROOT = Path(train.__file__).parent
@@ -157,7 +158,7 @@ def test_a_pair_of_npy_files_is_trained_on(tmp_path):
     state = train.train(config, tmp_path / "run")
     assert int(state.step) == 5
     model = checkpoint.load_model(tmp_path / "run")
-    train_split = np.load(tmp_path / "cache" / "split.npy") == 0
+    train_split = open_cache(tmp_path / "cache").examples("train")
     latents = np.load(tmp_path / "latents.npy")[train_split]
     np.testing.assert_allclose(model.scale.std_latent, 2.5 * latents.std(), rtol=1e-3)
     paths = sample.sample(["anything"], tmp_path / "out", checkpoint_folder=tmp_path / "run")

@@ -54,14 +54,17 @@ def test_each_distinct_caption_is_embedded_once(tmp_path):
     assert text.seen == ["abba", *("d" * i for i in range(1, 20, 2))]
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("shard_size", [6, 13, 100])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(tmp_path, shard_size):
     pictures = make_pictures(tmp_path / "pictures", broken=(1, 13))
-    whole = contents(encode(tmp_path, "whole", pictures))
+    whole = contents(encode(tmp_path, "whole", pictures, shard_size=shard_size))
     with pytest.raises(RuntimeError, match="power"):
-        encode(tmp_path, "cut", pictures, vae=MeanVAE(fail_at=2))
+        encode(tmp_path, "cut", pictures, vae=MeanVAE(fail_at=2), shard_size=shard_size)
     assert not (tmp_path / "cut").exists()
     rest, text = MeanVAE(), LetterEncoder()
-    resumed = contents(encode(tmp_path, "cut", pictures, vae=rest, text=text))
+    resumed = contents(
+        encode(tmp_path, "cut", pictures, vae=rest, text=text, shard_size=shard_size)
+    )
     assert rest.calls == 3  # Of four chunks; the first was kept.
     assert text.seen == []
     assert resumed == whole
@@ -81,9 +84,11 @@ def test_broken_pictures_are_named_skipped_and_counted(tmp_path, caplog):
     assert "cannot be read" in skipped["00.png"]
     assert skipped["11.png"] == "must be at least 8 pixels wide and high, got 1x1"
     assert cache.manifest["pictures"] == 16
-    files = [record["file"] for record in cache.records(range(cache.arrays["split"].size))]
+    files = [
+        record["file"] for record in cache.records(range(sum(cache.manifest["counts"].values())))
+    ]
     assert not set(skipped) & set(files)
-    pictures_of_files = cache.arrays["picture_index"].tolist()
+    pictures_of_files = cache.pictures(range(len(files))).tolist()
     assert pictures_of_files == [sorted(set(files)).index(file) for file in files]
 
 
@@ -139,17 +144,21 @@ def random_pair(n=200):
     return rng.normal(0, 4, (n, 2, 2, 3)).astype(np.float32), rng.normal(0, 1, (n, 5))
 
 
-def test_an_npy_pair_is_copied_and_split_by_row(tmp_path, monkeypatch):
+@pytest.mark.parametrize("shard_size", [90, 200])
+def test_an_npy_pair_is_copied_and_split_by_row(tmp_path, monkeypatch, shard_size):
     monkeypatch.setattr(encoding, "ROWS_PER_BLOCK", 64)
     latents, embeddings = random_pair()
     paths = save_pair(tmp_path, latents, embeddings)
-    cache = open_cache(from_npy_pair(*paths, tmp_path / "c", "sd-vae", "clip"), verify=True)
+    folder = from_npy_pair(*paths, tmp_path / "c", "sd-vae", "clip", shard_size=shard_size)
+    cache = open_cache(folder, verify=True)
+    assert len(cache.manifest["shards"]) == -(-200 // shard_size)
     batch = cache.take(range(200))
     assert set(batch) == {"latents_mean", "text_embeddings"}
     np.testing.assert_array_equal(batch["latents_mean"], latents.astype(np.float16))
     np.testing.assert_array_equal(batch["text_embeddings"], embeddings.astype(np.float16))
     expected = [encoding.assign_split(str(i)) for i in range(200)]
-    assert [SPLITS[code] for code in cache.arrays["split"]] == expected
+    for split in SPLITS:
+        assert cache.examples(split).tolist() == [i for i in range(200) if expected[i] == split]
     assert cache.manifest["vae"] == dict(name="sd-vae", sha256=None)
     train = latents.astype(np.float16)[np.array(expected) == "train"].astype(float)
     np.testing.assert_allclose(cache.std_latent, 2.5 * train.std(), rtol=1e-12)
