@@ -1,0 +1,58 @@
+"""Commands => their exit codes and outputs, run side by side as the processes of one job."""
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+
+def start_processes(commands, devices=8, **variables):
+    """Starts commands on `devices` virtual devices each.
+
+    The environment tells each of several the address of the first, its number and how many they
+    are: COORDINATOR, PROCESS_ID and NUM_PROCESSES.
+    """
+    job = {"COORDINATOR": f"127.0.0.1:{find_free_port()}", "NUM_PROCESSES": str(len(commands))}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | job | {"PROCESS_ID": str(k)} | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for k, command in enumerate(commands)
+    ]
+
+
+def run_processes(commands, devices=8, timeout=120, **variables):
+    """Exit code and output of each command; see `start_processes`."""
+    return finish_processes(start_processes(commands, devices, **variables), timeout)
+
+
+def finish_processes(processes, timeout=120):
+    """Exit code and output of each process. None is left running, whatever happens."""
+    deadline = time.monotonic() + timeout
+    try:
+        outputs = [p.communicate(timeout=max(1, deadline - time.monotonic()))[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(p.returncode, output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def find_free_port():
+    """A port that nothing listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
