@@ -111,7 +111,7 @@ def save_checkpoint(
 
     Raises:
         OSError: if the disk has no room for it, or the save before it failed.
-        ValueError: if a checkpoint of this step or a later one is there.
+        ValueError: if a checkpoint of this step or a later one is there, or a tensor is empty.
     """
     _check_space(manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
     record = records.create_record(meta, state, held_out_loss)

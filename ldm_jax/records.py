@@ -4,13 +4,17 @@ The record is the JSON item beside the tensors: the model's meta, step and held-
 of each tensor, and a SHA-256 of all that, so that a flipped bit in either is noticed.
 """
 
+import gc
 import hashlib
 import json
+import logging
 import math
 import os
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 
 from ldm_jax.digest import get_digests
@@ -29,7 +33,14 @@ def create_record(meta: dict, state: Any, held_out_loss: float | None) -> dict:
         meta: see `models.create_meta`.
         state: a TrainState; digested, for which the host waits.
         held_out_loss: of the averaged weights; one that is not finite counts as unknown.
+
+    Raises:
+        ValueError: for tensors without elements, which orbax does not save.
     """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    empty = [jax.tree_util.keystr(p, simple=True, separator="/") for p, x in leaves if x.size == 0]
+    if empty:
+        raise ValueError(f"every tensor of a state must have elements, got none in {empty}")
     if held_out_loss is not None:
         held_out_loss = float(held_out_loss) if math.isfinite(held_out_loss) else None
     record = {
@@ -71,7 +82,7 @@ def read_tensors(
         partial: `target` holds a part of what was saved; the rest is not read.
 
     Raises:
-        Exception: whatever reading damaged files raises.
+        DamagedError: if they cannot be read, whatever the reason.
     """
     args = ocp.args.PyTreeRestore(
         item=target,
@@ -79,7 +90,18 @@ def read_tensors(
         partial_restore=partial,
     )
     path = epath.Path(folder) / str(step) / STATE_ITEM
-    return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+    # A failed reading of many tensors would be told for each, at length, when they are freed.
+    told_by_asyncio = logging.getLogger("asyncio")
+    told_by_asyncio.disabled = True
+    try:
+        return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+    except Exception as error:
+        fault = describe(error)
+        absl_logging.debug("Raised here:", exc_info=True)
+    finally:
+        gc.collect()
+        told_by_asyncio.disabled = False
+    raise DamagedError(fault)
 
 
 def read_structure(folder: str | os.PathLike, step: int) -> Any:
@@ -113,8 +135,9 @@ def is_empty(folder: str | os.PathLike, step: int) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """The first line of an error, at most 300 characters of it."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of an error; of a long one its beginning and its end."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
     return text if isinstance(error, DamagedError) else f"{type(error).__name__}: {text}"
 
 

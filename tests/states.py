@@ -37,6 +37,24 @@ def create_state(step=7):
     return state.replace(step=jnp.int32(step), ema_params=ema)
 
 
+def create_small_state(step=7):
+    """A few tensors of all kinds in the place of weights: enough for what is not about networks."""
+    rng = np.random.default_rng(0)
+    params = {
+        "kernel": jnp.asarray(rng.normal(size=(3, 16, 8)), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=8), jnp.float32),
+        "half": jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16),
+    }
+    return training.TrainState(
+        step=jnp.int32(step),
+        params=params,
+        batch_stats={"flags": jnp.asarray([True, False, True])},
+        ema_params=jax.tree.map(jnp.copy, params),
+        ema_batch_stats={"count": jnp.uint32(3)},
+        opt_state=training.get_optimizer(steps=10).init(params),
+    )
+
+
 def at_step(state, step):
     """The state with another number, its averaged weights moved by as much."""
     ema = jax.tree.map(lambda x: x + step, state.ema_params)

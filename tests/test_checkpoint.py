@@ -8,11 +8,12 @@ from types import SimpleNamespace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from processes import run_processes
-from states import FIELDS, at_step, create_meta, create_state, target_of
+from states import FIELDS, at_step, create_meta, create_small_state, create_state, target_of
 
 from ldm_jax import checkpoint, training
 from ldm_jax.records import DamagedError
@@ -127,6 +128,15 @@ def test_a_step_that_is_there_is_not_saved_again(tmp_path, state):
             checkpoint.save_checkpoint(manager, state, create_meta())
         with pytest.raises(ValueError, match="must lie before step 6, got 7"):
             checkpoint.save_checkpoint(manager, at_step(state, 6), create_meta())
+
+
+def test_a_state_with_an_empty_tensor_is_refused(tmp_path, state):
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        with pytest.raises(
+            ValueError, match=r"must have elements, got none in \['batch_stats/x'\]"
+        ):
+            broken = state.replace(batch_stats={"x": jnp.zeros((0, 3))})
+            checkpoint.save_checkpoint(manager, broken, create_meta())
 
 
 # Damage.
@@ -275,6 +285,11 @@ def test_a_disk_that_fills_ends_the_run_with_the_last_checkpoint_whole(tmp_path,
 # Other meshes.
 
 
+@pytest.fixture(scope="module")
+def small_state():
+    return create_small_state()
+
+
 def shard(state, shape, axis="fsdp"):
     """The state with its large tensors split over one axis of a mesh, as FSDP does."""
     devices = np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
@@ -291,19 +306,19 @@ def shard(state, shape, axis="fsdp"):
 
 
 @pytest.mark.parametrize("shape, axis", [((1, 8), "fsdp"), ((2, 4), "fsdp"), ((8, 1), "data")])
-def test_a_checkpoint_of_one_mesh_restores_on_any_other(tmp_path, state, shape, axis):
-    saved = shard(state, shape, axis)
+def test_a_checkpoint_of_one_mesh_restores_on_any_other(tmp_path, small_state, shape, axis):
+    saved = shard(small_state, shape, axis)
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save_checkpoint(manager, saved, create_meta())
         manager.wait_until_finished()
         for target in (
             state,
-            shard(state, (1, 2)),
-            shard(state, (2, 4)),
-            shard(state, (4, 2), "data"),
+            shard(small_state, (1, 2)),
+            shard(small_state, (2, 4)),
+            shard(small_state, (4, 2), "data"),
         ):
             restored = checkpoint.restore_checkpoint(manager, target_of(target), create_meta())
-            chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(state))
+            chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(small_state))
             assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
                 lambda x: x.sharding, target
             )
@@ -312,15 +327,15 @@ def test_a_checkpoint_of_one_mesh_restores_on_any_other(tmp_path, state, shape, 
 WORKER = str(Path(__file__).parent / "worker.py")
 
 
-def test_a_checkpoint_of_two_processes_restores_on_one_and_on_four(tmp_path, state, warnings):
+def test_a_checkpoint_of_two_processes_restores_on_one_and_on_four(tmp_path, small_state, warnings):
     def run(mode, processes):
         arguments = [[sys.executable, WORKER, mode, str(tmp_path)] for _ in range(processes)]
         return run_processes(arguments, devices=8 // processes)
 
     assert [code for code, _ in run("save", 2)] == [0, 0]
     # One process with eight devices is this one.
-    restored = restore(tmp_path, shard(state, (2, 4)))
-    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(at_step(state, 7)))
+    restored = restore(tmp_path, shard(small_state, (2, 4)))
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(at_step(small_state, 7)))
     assert warnings == []
     results = run("restore", 4)
     assert [code for code, _ in results] == [0, 0, 0, 0], results

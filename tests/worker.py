@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from states import at_step, create_meta, create_state, target_of
+from states import at_step, create_meta, create_small_state, target_of
 
 from ldm_jax import checkpoint, digest
 from ldm_jax.preemption import watch_preemption
@@ -16,11 +16,11 @@ from ldm_jax.preemption import watch_preemption
 
 def place(state):
     """The state on a mesh of all processes' devices, its large tensors split over both axes."""
-    devices = np.asarray(jax.devices()).reshape(2, 4)
+    devices = np.asarray(jax.devices()).reshape(2, -1)
     mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     def place_leaf(x):
-        split = x.ndim and x.shape[-1] % 8 == 0
+        split = x.ndim and x.shape[-1] % mesh.size == 0
         spec = PartitionSpec(*[None] * (x.ndim - 1), ("data", "fsdp")) if split else PartitionSpec()
         whole = np.asarray(x)
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), whole.__getitem__)
@@ -78,6 +78,6 @@ if __name__ == "__main__":
             int(os.environ["PROCESS_ID"]),
             heartbeat_timeout_seconds=10,
         )
-    fresh = create_state()
+    fresh = create_small_state()
     with checkpoint.open_checkpoints(f"{folder}/checkpoints") as checkpoints:
         {"save": save, "restore": restore, "preempt": preempt}[mode](checkpoints, fresh)
