@@ -270,16 +270,13 @@ def sample_damaged(copy: Path, new: int, state) -> str:
     return "harmless" if equal and model.scale.std_latent.size else "SILENT"
 
 
-def run(kills: int, damages: int, seed: int) -> tuple[Counter, dict[str, Counter]]:
-    """Both parts, in a folder that is removed at the end."""
+def run(folder: Path, kills: int, damages: int, seed: int) -> tuple[Counter, dict[str, Counter]]:
+    """Both parts, in a folder that was prepared."""
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prepare(folder)
-        reference = folder / "reference"
-        seconds = finish(folder, reference) / 2  # It compiles, which later ones need not.
-        outcomes = damage_at_random(folder, reference, damages, rng)
-        return kill_at_random(folder, reference, kills, rng, seconds), outcomes
+    reference = folder / "reference"
+    seconds = finish(folder, reference) / 2  # It compiles, which later ones need not.
+    outcomes = damage_at_random(folder, reference, damages, rng)
+    return kill_at_random(folder, reference, kills, rng, seconds), outcomes
 
 
 def is_good(kills: Counter, outcomes: dict[str, Counter]) -> bool:
@@ -332,6 +329,8 @@ if __name__ == "__main__":
     parser.add_argument("--damages", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    results = run(arguments.kills, arguments.damages, arguments.seed)
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+        results = run(Path(name), arguments.kills, arguments.damages, arguments.seed)
     print_tables(*results)
     sys.exit(not is_good(*results))

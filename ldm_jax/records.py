@@ -135,7 +135,9 @@ def is_empty(folder: str | os.PathLike, step: int) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """The first line of an error; of a long one its beginning and its end."""
+    """The first line of an error, or of its cause; of a long one its beginning and its end."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
     return text if isinstance(error, DamagedError) else f"{type(error).__name__}: {text}"

@@ -41,7 +41,7 @@ def create_small_state(step=7):
     """A few tensors of all kinds in the place of weights: enough for what is not about networks."""
     rng = np.random.default_rng(0)
     params = {
-        "kernel": jnp.asarray(rng.normal(size=(3, 16, 8)), jnp.float32),
+        "kernel": jnp.asarray(rng.normal(size=(8, 64, 32)), jnp.float32),
         "bias": jnp.asarray(rng.normal(size=8), jnp.float32),
         "half": jnp.asarray(rng.normal(size=(4, 8)), jnp.bfloat16),
     }
