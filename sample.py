@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags, logging
 
-from ldm_jax import checkpoint, sampler
+from ldm_jax import models, sampler
 from ldm_jax.encoders import load_vae
 from ldm_jax.plotting import save_grid, save_png
 from ldm_jax.text import check_prompt, load_text_encoder
@@ -24,6 +24,7 @@ def sample(
     out: str | Path,
     *,
     checkpoint_folder: str | Path | None = None,
+    checkpoint_step: str | int = "last",
     num: int = 1,
     seed: int = 0,
     steps: int | None = None,
@@ -43,7 +44,7 @@ def sample(
         raise ValueError("at least one prompt is needed, got none")
     for prompt in prompts:
         check_prompt(prompt)
-    model = checkpoint.load_model(checkpoint_folder)
+    model = models.load_model(checkpoint_folder, checkpoint_step)
     overrides = {"diffusion_steps": steps, "class_guidance": guidance}
     settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
     diffuser = sampler.get_diffuser(model.denoiser, **settings)
@@ -102,6 +103,7 @@ def main(argv):
             f.prompt,
             f.out,
             checkpoint_folder=f.checkpoint,
+            checkpoint_step=f.step,
             num=f.num,
             seed=f.seed,
             steps=f.steps,
@@ -117,6 +119,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", None, "what to draw; may be given several times")
     flags.DEFINE_string("checkpoint", None, "a run's workdir or an exported model")
+    flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
     flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + 1")
     flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")

@@ -2,9 +2,9 @@
 
     python train.py --config=configs/emoji.py --workdir=runs/emoji [--config.batch_size=256 ...]
 
-The same command again goes on from the newest checkpoint. On several hosts the same command runs
-on each, see docs/pods.md. With --compile_for=v5e:16x16 it compiles the step for a pod that is not
-there, and says what it would need.
+The same command again goes on from the newest whole checkpoint. SIGTERM saves, and ends with 0. On
+several hosts the same command runs on each, see docs/pods.md. With --compile_for=v5e:16x16 it only
+compiles the step for a pod that is not there, and says what it would need.
 """
 
 import json
@@ -17,12 +17,13 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import checkpoint, data, feed, forecast, hosts, sampler, sharding, training
+from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
 from ldm_jax.chips import parse_target
 from ldm_jax.encoders import load_vae
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_grid
+from ldm_jax.preemption import watch_preemption
 from ldm_jax.runlog import RunLog
 from ldm_jax.text import load_text_encoder
 from ldm_jax.unet import get_network
@@ -31,6 +32,8 @@ from ldm_jax.unet import get_network
 def train(config: Any, workdir: str | Path) -> training.TrainState:
     """Runs `config` up to its last step, from the newest checkpoint in `workdir` if there is one.
 
+    SIGTERM makes it save at the next step and return.
+
     Args:
         config: with the keys that configs/seed.py declares.
         workdir: gets config.json, log.jsonl, checkpoints/, samples/ and tensorboard/.
@@ -38,7 +41,13 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     Raises:
         FloatingPointError: when the loss is no longer a number.
         ValueError: for settings that do not fit together, or a checkpoint of another model.
+        OSError: if a checkpoint cannot be written, or none of those there is whole.
     """
+    with watch_preemption() as preempted:
+        return _train(config, workdir, preempted)
+
+
+def _train(config, workdir, preempted):
     workdir, leader = Path(workdir).expanduser(), hosts.is_leader()
     settings = config.to_dict()
 
@@ -65,7 +74,7 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     )
     eval_step = training.get_eval_step(network, scale, process, mesh=mesh)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-    meta = checkpoint.create_meta(
+    meta = models.create_meta(
         network=settings["network"],
         noising=settings["noising"],
         sampling=settings["sampling"],
@@ -136,25 +145,39 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     batches = feed.feed_batches(
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
+    stop = preempted(start)
     with manager, RunLog(workdir, config.steps, start, config.batch_size, leader) as log:
         for step in range(start + 1, config.steps + 1):
+            if stop:
+                break
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
             state, metrics = train_step(state, step_key, batch)
             log.add_step(metrics, waited)
 
-            save = due(step, config.save_every)
+            stop = preempted(step) and step < config.steps
+            save = stop or due(step, config.save_every)
             values = log.close_window(step) if save or due(step, config.log_every) else {}
-            if due(step, config.eval_every) and cache.num_examples("valid"):
+            # What a preempted run has no time for: held-out loss and pictures.
+            evaluate = (save or due(step, config.eval_every)) and not stop
+            if evaluate and cache.num_examples("valid"):
                 values["held_out_loss"] = held_out_loss(state)
-            if due(step, config.sample_every):
+            if due(step, config.sample_every) and not stop:
                 write_samples(step, state, log)
             if save:
-                checkpoint.save_checkpoint(manager, state, meta)
+                checkpoint.save_checkpoint(manager, state, meta, values.get("held_out_loss"))
             if values:
                 log.write(step, values)
                 log.restart_clock()
+                manager.check_last_save()
+        manager.wait_until_finished()
+    if stop and leader:
+        print(
+            f"SIGTERM: stopped after step {int(state.step)}, which is saved; the same command "
+            "goes on from there",
+            flush=True,
+        )
     return state
 
 

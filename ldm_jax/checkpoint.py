@@ -1,286 +1,261 @@
-"""Checkpoints: a train state with all that sampling needs to know => a folder, and back.
+"""Checkpoints of a run: a train state with its model's meta => a folder, and back on any mesh.
 
-A run's folder holds orbax checkpoints of the whole state. `export_model` writes the averaged
-weights alone, as safetensors beside a JSON file; `load_model` reads either. Both carry the model's
-`meta`: the network's fields, the encoders' identities, the scale of the latents and the sampler's
-settings, so that a checkpoint needs no other file and no flag to draw pictures.
+Saving goes on in the background. What is restored is compared, tensor by tensor, with digests of
+what was saved; from a damaged checkpoint the run goes back to the newest whole one.
 """
 
-import json
+import dataclasses
+import errno
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
 
-from ldm_jax.latents import LatentScale
-from ldm_jax.sampler import Denoiser
+from ldm_jax import records
+from ldm_jax.models import check_meta
+from ldm_jax.records import RECORD_ITEM, STATE_ITEM, DamagedError
 from ldm_jax.training import TrainState
-from ldm_jax.unet import get_network
 
-FORMAT_VERSION = 1
-WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
-BUNDLED = Path(__file__).parent / "weights" / "emoji"
+T = TypeVar("T")
+EMPTY = "an empty directory"
 
 
-class Model(NamedTuple):
-    """A trained denoiser and what it was trained with.
+class Checkpoints(ocp.CheckpointManager):
+    """Orbax's manager. A save that failed in the background is told by whatever waits for it."""
 
-    Attributes:
-        denoiser: the network with its averaged weights.
-        scale: of its latents.
-        meta: the JSON object described in `create_meta`.
+    def wait_until_finished(self) -> None:
+        """Waits for the save that is going on.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        try:
+            super().wait_until_finished()
+        except Exception as error:
+            raise _get_save_error(self.directory, error) from error
+
+    def check_last_save(self) -> None:
+        """Raises OSError if the last save has failed; does not wait for one that is going on."""
+        if not self.is_saving_in_progress():
+            self.wait_until_finished()
+
+
+@dataclasses.dataclass
+class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest `keep` checkpoints stay, and the one with the lowest held-out loss.
+
+    Among equals the newest is the best. One whose record cannot be read has no known loss.
     """
 
-    denoiser: Denoiser
-    scale: LatentScale
-    meta: dict
+    folder: epath.Path
+    keep: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: ocp.checkpoint_managers.PreservationContext
+    ) -> Sequence[bool]:
+        losses = {info.step: self._get_loss(info) for info in checkpoints}
+        known = [step for step, loss in losses.items() if loss is not None]
+        kept = {info.step for info in checkpoints[-self.keep :]}
+        if known:
+            kept.add(min(known, key=lambda step: (losses[step], -step)))
+        return [info.step in kept for info in checkpoints]
+
+    def _get_loss(self, info: Any) -> float | None:
+        if info.metrics is not None:  # Saved by this process, perhaps not yet on the disk.
+            return info.metrics["held_out_loss"]
+        try:
+            return records.read_record(self.folder, info.step)["held_out_loss"]
+        except Exception as error:
+            logging.warning(
+                "the checkpoint of step %d in %s is damaged, its held-out loss is unknown: %s",
+                *(info.step, self.folder, records.describe(error)),
+            )
+            return None
 
 
-def create_meta(
-    *,
-    network: dict,
-    noising: dict,
-    sampling: dict,
-    scale: LatentScale,
-    vae: dict,
-    text_encoder: dict,
-    latent_shape: tuple[int, ...],
-    embedding_shape: tuple[int, ...],
-) -> dict:
-    """What travels with the weights, as a JSON object.
-
-    Args:
-        network: arguments of `get_network`.
-        noising: mixture, noise law and largest angle of the training.
-        sampling: arguments of `get_diffuser`, the defaults when pictures are drawn.
-        scale: of the latents.
-        vae: identity of the VAE, {"name", "sha256"}.
-        text_encoder: identity of the text encoder, likewise.
-        latent_shape: (h, w, c).
-        embedding_shape: (e,) or (n, e).
-    """
-    meta = {
-        "format_version": FORMAT_VERSION,
-        "network": network,
-        "noising": noising,
-        "sampling": sampling,
-        "std_latent": np.asarray(scale.std_latent, np.float64).tolist(),
-        "mean_latent": np.asarray(scale.mean_latent, np.float64).tolist(),
-        "vae": vae,
-        "text_encoder": text_encoder,
-        "latent_shape": latent_shape,
-        "embedding_shape": embedding_shape,
-    }
-    return json.loads(json.dumps(meta))
-
-
-def open_checkpoints(folder: str | os.PathLike, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints of a run, the newest `keep` of which stay. Close it, or use it in `with`.
+def open_checkpoints(folder: str | os.PathLike, keep: int = 2) -> Checkpoints:
+    """The checkpoints of a run, kept as `NewestAndBest` says. Close it, or use it in `with`.
 
     Raises:
         OSError: if the folder cannot be made.
+        ValueError: for a `keep` below 1.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
     path = Path(folder).expanduser().resolve()
     path.mkdir(parents=True, exist_ok=True)
-    return ocp.CheckpointManager(path, options=options, item_names=("state", "meta"))
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=NewestAndBest(epath.Path(path), keep), cleanup_tmp_directories=True
+    )
+    return Checkpoints(path, options=options, item_names=(STATE_ITEM, RECORD_ITEM))
 
 
-def save_checkpoint(manager: ocp.CheckpointManager, state: TrainState, meta: dict) -> None:
-    """Saves the state under its step, in the background. Copies it first, so it may be donated."""
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    manager.save(int(state.step), args=args)
-
-
-def restore_checkpoint(
-    manager: ocp.CheckpointManager, target: TrainState, meta: dict
-) -> TrainState | None:
-    """The newest state, or None where nothing has been saved yet.
+def save_checkpoint(
+    manager: Checkpoints, state: TrainState, meta: dict, held_out_loss: float | None = None
+) -> None:
+    """Saves the state under its step, in the background. Copies it first, so it may be donated.
 
     Args:
         manager: see `open_checkpoints`.
-        target: a state of ShapeDtypeStructs with shardings, where the result will live.
+        state: on any mesh; every process calls with its part.
+        meta: see `models.create_meta`.
+        held_out_loss: of the averaged weights, by which the best checkpoint is known.
+
+    Raises:
+        OSError: if the disk has no room for it, or the save before it failed.
+        ValueError: if a checkpoint of this step or a later one is there, or a tensor is empty.
+    """
+    _check_space(manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
+    record = records.create_record(meta, state, held_out_loss)
+    items = {STATE_ITEM: ocp.args.StandardSave(state), RECORD_ITEM: ocp.args.JsonSave(record)}
+    try:
+        saved = manager.save(
+            record["step"],
+            args=ocp.args.Composite(**items),
+            metrics={"held_out_loss": record["held_out_loss"]},
+        )
+    except OSError:
+        raise
+    except Exception as error:
+        raise _get_save_error(manager.directory, error) from error
+    if not saved:
+        raise ValueError(
+            f"the steps saved in {manager.directory} must lie before step {record['step']}, "
+            f"got {manager.latest_step()}"
+        )
+
+
+def restore_checkpoint(manager: Checkpoints, target: TrainState, meta: dict) -> TrainState | None:
+    """The newest whole state, or None where nothing has been saved yet.
+
+    Damaged checkpoints that are newer are named in a warning and moved to "damaged", beside the
+    folder of the checkpoints. Every process of a run comes to the same decision.
+
+    Args:
+        manager: see `open_checkpoints`.
+        target: a state of ShapeDtypeStructs with shardings, where the result will live: on any
+            mesh, not only the one that saved.
         meta: of the run that goes on.
 
     Raises:
-        ValueError: if the checkpoint belongs to another model; the fields that differ are named.
+        ValueError: if a checkpoint belongs to another model; the fields that differ are named.
+        DamagedError: if there are checkpoints and none is whole. They stay where they are.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    where = f"{manager.directory}, step {step}"
-    check_meta(_restore_meta(manager, step), meta, where)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    try:
-        return manager.restore(step, args=args)["state"]
-    except Exception as error:
-        error.add_note(f"while restoring the checkpoint in {where}")
-        raise
-
-
-def check_meta(saved: dict, wanted: dict, where: str) -> None:
-    """Compares the architecture and the data's contract of two models.
-
-    Raises:
-        ValueError: names each field that differs, with both values.
-    """
-    differences = []
-    for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
-        old, new = saved[part], wanted[part]
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-            differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
-        elif old != new:
-            differences.append(f"{part} is {old} there, {new} here")
-    if differences:
-        raise ValueError(
-            f"the checkpoint in {where} belongs to another model: {'; '.join(differences)}. "
-            "Use another workdir, or the config that it was trained with"
+    faults: dict[int, str] = {}
+    for step in reversed(records.list_steps(manager.directory)):
+        state, fault = _restore_step(manager.directory, step, target, meta)
+        if fault is None:
+            _set_aside(manager, faults, f"the run goes back to step {step}")
+            return state
+        faults[step] = fault
+    if any(fault != EMPTY for fault in faults.values()):
+        found = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())
+        raise DamagedError(
+            f"none of the checkpoints in {manager.directory} is whole: {found}. Repair one, or "
+            "move the folder away to start from the beginning"
         )
+    _set_aside(manager, faults, "the run starts from the beginning")
+    return None
 
 
-def load_model(folder: str | os.PathLike | None = None) -> Model:
-    """The averaged weights of a run's newest checkpoint, of an exported model, or the bundled ones.
-
-    Args:
-        folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None for
-            the weights that come with the package.
-
-    Raises:
-        FileNotFoundError: if there is neither in the folder.
-        ValueError: for a checkpoint of a newer format, or weights that do not fit the network.
-    """
-    path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
-    if (path / META_FILE).is_file():
-        meta = json.loads((path / META_FILE).read_text())
-        variables = _read_weights(path / WEIGHTS_FILE)
+def _restore_step(
+    folder: epath.Path, step: int, target: TrainState, meta: dict
+) -> tuple[TrainState | None, str | None]:
+    """A state and None, or None and what is wrong with the checkpoint: the same on each process."""
+    if records.is_empty(folder, step):
+        return None, EMPTY
+    record, fault = _attempt(lambda: records.read_record(folder, step))
+    if record is None:
+        return None, fault
+    where = f"{folder}, step {step}"
+    check_meta(record["model"], meta, where)
+    digests = record["digests"]
+    if digests is None:
+        logging.warning("%s has no digests: damage to it would not be noticed", where)
     else:
-        meta, variables = _restore_variables(path)
-    if meta["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {meta['format_version']}, this release reads up to "
-            f"{FORMAT_VERSION}: install a newer ldm_jax"
-        )
-    network = get_network(**meta["network"])
-    _check_variables(network, variables, meta, path)
-    scale = LatentScale(
-        np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
-    )
-    return Model(Denoiser(network, variables), scale, meta)
+        _check_names(digests, target, where)
+    state, fault = _attempt(lambda: records.read_tensors(folder, step, target))
+    if state is not None and digests is not None:
+        _, fault = _attempt(lambda: records.check_tensors(state, digests))
+    return (state, None) if fault is None else (None, fault)
 
 
-def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16") -> Path:
-    """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded to `dtype`.
-
-    Running statistics stay float32, since their range is not bounded.
-
-    Raises:
-        ValueError: if a weight is beyond the range of `dtype`.
-        FileExistsError: if the folder holds a model already.
-    """
-    from safetensors.numpy import save_file
-
-    folder = Path(folder).expanduser()
-    if (folder / META_FILE).exists():
-        raise FileExistsError(f"{folder} already holds a model")
-    tensors = {}
-    for name, value in flatten_dict(model.denoiser.variables, sep="/").items():
-        value = np.asarray(value)
-        with np.errstate(over="ignore"):  # Looked for below, with a better message.
-            rounded = value.astype(dtype) if name.startswith("params/") else value
-        if not np.isfinite(rounded).all():
-            raise ValueError(
-                f"{name} has values beyond the range of {dtype}: {np.abs(value).max()}"
-            )
-        tensors[name] = np.ascontiguousarray(rounded)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial)
-    partial.replace(folder / WEIGHTS_FILE)
-    # The meta file comes last: a folder that has one is whole.
-    (folder / META_FILE).write_text(json.dumps(model.meta, indent=2) + "\n")
-    return folder
-
-
-def _read_weights(path: Path) -> dict:
-    from safetensors.numpy import load_file
-
+def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `read` returns, or what went wrong with it on any of the processes."""
     try:
-        tensors = load_file(path)
+        result, fault = read(), None
     except Exception as error:
-        error.add_note(f"while reading {path}")
-        raise
-    variables = unflatten_dict(tensors, sep="/")
-    variables.setdefault("batch_stats", {})
-    return jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), variables)
+        result, fault = None, records.describe(error)
+    fault = _agree(fault)
+    return (result, None) if fault is None else (None, fault)
 
 
-def _restore_meta(manager: ocp.CheckpointManager, step: int) -> dict:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def _agree(fault: str | None) -> str | None:
+    """The fault of the first process that has one, on all of them."""
+    if jax.process_count() == 1:
+        return fault
+    sent = np.zeros(400, np.uint8)
+    text = (fault or "").encode()[: sent.size]
+    sent[: len(text)] = np.frombuffer(text, np.uint8)
+    for received in multihost_utils.process_allgather(sent):
+        if received.any():
+            return bytes(received).rstrip(b"\0").decode(errors="replace")
+    return None
 
 
-def _restore_variables(path: Path) -> tuple[dict, dict]:
-    """Meta and averaged weights of the newest orbax checkpoint, without the optimizer's state."""
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such checkpoint folder: {folder}")
-    with ocp.CheckpointManager(folder, item_handlers=_get_readers()) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise FileNotFoundError(
-                f"{folder} holds no checkpoint: a workdir of train.py or an exported model "
-                f"({META_FILE} and {WEIGHTS_FILE}) is needed"
-            )
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        saved = manager.item_metadata(step)["state"].tree
-        wanted = {
-            key: jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                saved[key],
-            )
-            for key in ("ema_params", "ema_batch_stats")
-            if saved.get(key)
-        }
-        state = ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        args = ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
-        restored = manager.restore(step, args=args)
-    variables = {"params": restored["state"]["ema_params"]}
-    variables["batch_stats"] = restored["state"].get("ema_batch_stats", {})
-    return restored["meta"], variables
-
-
-def _get_readers() -> dict[str, Any]:
-    """What reads the two items of a checkpoint when only a part of the state is wanted."""
-    return {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-
-
-def _check_variables(network: Any, variables: dict, meta: dict, path: Path) -> None:
-    """Raises ValueError unless the weights are those of the network that `meta` describes."""
-    shapes = jax.eval_shape(
-        network.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, *meta["latent_shape"]), "float32"),
-        jax.ShapeDtypeStruct((1,), "float32"),
-        jax.ShapeDtypeStruct((1, *meta["embedding_shape"]), "float32"),
-    )
-
-    def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-        flat: dict[str, Any] = flatten_dict(tree, sep="/")
-        return {name: leaf.shape for name, leaf in flat.items()}
-
-    wanted, found = shapes_of(dict(shapes)), shapes_of(variables)
-    wrong = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
-    if wrong:
+def _check_names(digests: dict[str, str], target: TrainState, where: str) -> None:
+    """Raises ValueError unless the saved state has the tensors of `target`."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(target)
+    wanted = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths}
+    differences = sorted(wanted ^ set(digests))
+    if differences:
+        name = differences[0]
         raise ValueError(
-            f"the weights in {path} do not fit the network described beside them, first at "
-            f"{wrong[0]}: needed {wanted.get(wrong[0])}, got {found.get(wrong[0])} "
-            f"({len(wrong)} tensors differ)"
+            f"the checkpoint in {where} {'lacks' if name in wanted else 'also has'} {name} "
+            f"({len(differences)} tensors differ): it was saved with another optimizer. Use "
+            "another workdir, or the config that it was trained with"
         )
+
+
+def _set_aside(manager: Checkpoints, faults: dict[int, str], outcome: str) -> None:
+    """Moves damaged checkpoints out of the way, and says so. They are evidence: none is deleted."""
+    if not faults:
+        return
+    if jax.process_index() == 0:
+        for step, fault in faults.items():
+            parent = manager.directory.parent / "damaged"
+            parent.mkdir(parents=True, exist_ok=True)
+            names = [str(step), *(f"{step}-{k}" for k in range(2, 1000))]
+            aside = next(parent / name for name in names if not (parent / name).exists())
+            (manager.directory / str(step)).rename(aside)
+            logging.warning(
+                "the checkpoint of step %d in %s is damaged: %s. It was moved to %s; %s",
+                *(step, manager.directory, fault, aside, outcome),
+            )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    manager.reload()
+
+
+def _check_space(folder: epath.Path, needed: int) -> None:
+    """Raises OSError, on every process, if the disk has less room than the state's bytes."""
+    free = shutil.disk_usage(folder).free
+    fault = f"{needed} bytes are needed, {free} are free in {folder}" if free < needed else None
+    fault = _agree(fault)
+    if fault is not None:
+        raise OSError(errno.ENOSPC, f"no room for a checkpoint: {fault}")
+
+
+def _get_save_error(folder: epath.Path, error: Exception) -> OSError:
+    return OSError(
+        f"a checkpoint could not be written to {folder}: {records.describe(error)}. Those saved "
+        "before it are untouched"
+    )

@@ -1,6 +1,7 @@
 """The log of a run: losses, figures and pictures => progress bar, log.jsonl and TensorBoard."""
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from ldm_jax.training import check_losses
 class RunLog:
     """Keeps losses on the device between two lines of the log, so that no step waits for the host.
 
-    Use it in `with`. Lines are appended: a run that goes on continues its log.
+    Use it in `with`. Lines are appended: a run that goes on continues its log, from which the
+    lines of steps that will be taken again are dropped first.
 
     Args:
         workdir: gets log.jsonl and tensorboard/.
@@ -31,6 +33,8 @@ class RunLog:
 
         self._path = workdir / "log.jsonl"
         self._writes = writes
+        if writes:
+            drop_later_lines(self._path, start)
         self._board = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=writes)
         self._bar = tqdm(
             total=steps,
@@ -103,3 +107,25 @@ class RunLog:
         self._metrics: list[dict[str, jax.Array]] = []
         self._waited = 0.0
         self._began = time.perf_counter()
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Keeps the whole lines of a log up to `step`: what a run that was killed may have written
+    after its last checkpoint, half a line perhaps, is dropped. The file is replaced at once.
+    """
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _get_step(line) <= step]
+    if kept != lines:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(b"".join(kept))
+        os.replace(partial, path)
+
+
+def _get_step(line: bytes) -> float:
+    """The step of a line of the log; beyond every step if the line is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, TypeError, KeyError):
+        return float("inf")

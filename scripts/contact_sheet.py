@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import UInt8
 
-from ldm_jax import checkpoint, sampler
+from ldm_jax import models, sampler
 from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import VAE, load_vae
 from ldm_jax.pictures import load_picture
@@ -58,7 +58,7 @@ def load_real(cache: LatentCache, folder: Path, examples: np.ndarray, size: int)
 
 
 def draw_examples(
-    model: checkpoint.Model,
+    model: models.Model,
     cache: LatentCache,
     vae: VAE,
     examples: np.ndarray,
@@ -120,7 +120,7 @@ def compose_sheet(groups: Sequence[Group], columns: int = 4) -> UInt8[np.ndarray
 
 def main(argv):
     f = flags.FLAGS
-    model = checkpoint.load_model(f.checkpoint)
+    model = models.load_model(f.checkpoint)
     cache = open_cache(f.cache, model.meta["vae"], model.meta["text_encoder"])
     vae = load_vae(model.meta["vae"]["name"])
     folder = Path(f.pictures or cache.manifest["source"])

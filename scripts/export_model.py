@@ -5,7 +5,7 @@ python scripts/export_model.py runs/emoji ldm_jax/weights/emoji
 
 import argparse
 
-from ldm_jax.checkpoint import WEIGHTS_FILE, export_model, load_model
+from ldm_jax.models import WEIGHTS_FILE, export_model, load_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", help="a workdir of train.py")

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 from contact_sheet import GROUPS, choose_examples, draw_examples, load_real
 
-from ldm_jax import checkpoint
+from ldm_jax import models
 from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import load_vae
 from ldm_jax.metrics import image_features, psnr
@@ -74,7 +74,7 @@ def measure_group(features: np.ndarray, wanted: list[dict], gallery: Gallery) ->
 
 
 def measure_model(
-    model: checkpoint.Model,
+    model: models.Model,
     cache: LatentCache,
     folder: Path,
     gallery: Gallery,
@@ -116,7 +116,7 @@ def measure_reference(cache: LatentCache, gallery: Gallery, num: int, seed: int)
 
 def main(argv):
     f = flags.FLAGS
-    model = checkpoint.load_model(f.checkpoint)
+    model = models.load_model(f.checkpoint)
     cache = open_cache(f.cache, model.meta["vae"], model.meta["text_encoder"])
     folder = Path(f.pictures or cache.manifest["source"])
     overrides = {"class_guidance": f.guidance, "diffusion_steps": f.steps}

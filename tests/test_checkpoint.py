@@ -1,182 +1,349 @@
-"""Checkpoints: what is saved comes back, for training and for sampling, or the error says why."""
+"""Checkpoints: what is saved comes back on any mesh, or the run goes back and says so."""
 
 import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from states import FIELDS, at_step, create_meta, create_small_state, create_state, target_of
 
+from benchmarks.processes import run_processes
 from ldm_jax import checkpoint, training
-from ldm_jax.latents import LatentScale
-from ldm_jax.sampler import Denoiser
-from ldm_jax.unet import get_network
-
-FIELDS = {"latent_image_size": 8, "block_depth": 1, "emb_size": 6, "widths": (8, 16)}
-SCALE = LatentScale(np.float32([2, 3, 4, 5]), np.float32([0, 1, 0, -1]))
-
-
-def create_meta(**changes):
-    fields = {
-        "network": FIELDS,
-        "noising": {"mixture": "variance_preserving", "noise_law": "uniform", "max_angle": 1.5},
-        "sampling": {"class_guidance": 2.0, "diffusion_steps": 4},
-        "scale": SCALE,
-        "vae": {"name": "some/vae", "sha256": "ab"},
-        "text_encoder": {"name": "use", "sha256": "cd"},
-        "latent_shape": (8, 8, 4),
-        "embedding_shape": (6,),
-    }
-    return checkpoint.create_meta(**{**fields, **changes})
+from ldm_jax.records import DamagedError
 
 
 @pytest.fixture(scope="module")
 def state():
-    """A train state whose averaged weights differ from the weights."""
-    network = get_network(**FIELDS)
-    optimizer = training.get_optimizer(steps=10)
-    state = jax.jit(training.create_train_state, static_argnums=(1, 2, 3, 4))(
-        jax.random.key(0), network, optimizer, (8, 8, 4), (6,)
-    )
-    ema = jax.tree.map(lambda x: x + 0.25, state.ema_params)
-    return state.replace(step=jnp.int32(7), ema_params=ema)
-
-
-def target_of(state):
-    """What restore needs to know: shapes, dtypes, shardings."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+    return create_state()
 
 
 @pytest.fixture(scope="module")
 def run_folder(state, tmp_path_factory):
+    """A run's folder with checkpoints of the steps 5 and 7."""
     folder = tmp_path_factory.mktemp("run")
     with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
-        checkpoint.save_checkpoint(manager, state, create_meta())
+        for step in (5, 7):
+            checkpoint.save_checkpoint(manager, at_step(state, step), create_meta(), 0.5)
     return folder
 
 
-def test_a_restored_state_is_the_saved_one_bit_for_bit(run_folder, state):
-    with checkpoint.open_checkpoints(run_folder / "checkpoints") as manager:
-        restored = checkpoint.restore_checkpoint(manager, target_of(state), create_meta())
-    chex.assert_trees_all_equal(restored, state)
+@pytest.fixture
+def warnings(monkeypatch):
+    """The texts of the warnings that `checkpoint` shows; orbax has others of its own."""
+    texts = []
+    shown = SimpleNamespace(warning=lambda text, *args: texts.append(text % args))
+    monkeypatch.setattr(checkpoint, "logging", shown)
+    return texts
+
+
+def restore(folder, state, meta=None):
+    with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
+        return checkpoint.restore_checkpoint(manager, target_of(state), meta or create_meta())
+
+
+def copy_run(run_folder, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_restored_state_is_the_saved_one_bit_for_bit(run_folder, state, warnings):
+    chex.assert_trees_all_equal(restore(run_folder, state), at_step(state, 7))
+    assert warnings == []
 
 
 def test_an_empty_folder_restores_nothing(tmp_path, state):
-    with checkpoint.open_checkpoints(tmp_path / "new") as manager:
-        assert checkpoint.restore_checkpoint(manager, target_of(state), create_meta()) is None
+    assert restore(tmp_path, state) is None
+
+
+# Retention.
+
+
+def save_steps(folder, state, losses, keep=2):
+    with checkpoint.open_checkpoints(folder, keep=keep) as manager:
+        for step, loss in losses.items():
+            checkpoint.save_checkpoint(manager, at_step(state, step), create_meta(), loss)
+        manager.wait_until_finished()
+        return manager.all_steps()
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path, state):
-    with checkpoint.open_checkpoints(tmp_path, keep=2) as manager:
-        for step in (1, 2, 3):
-            checkpoint.save_checkpoint(manager, state.replace(step=jnp.int32(step)), create_meta())
-        manager.wait_until_finished()
-        assert manager.all_steps() == [2, 3]
+    assert save_steps(tmp_path, state, {1: None, 2: None, 3: None}) == [2, 3]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, state):
+    losses = {1: 0.5, 2: 0.2, 3: float("nan"), 4: 0.3, 5: None}
+    assert save_steps(tmp_path, state, losses) == [2, 4, 5]
+    # Another process knows the losses from the records, and a better one takes the place.
+    assert save_steps(tmp_path, state, {6: 0.4}) == [2, 5, 6]
+    assert save_steps(tmp_path, state, {7: 0.2, 8: 0.9, 9: 0.9}) == [7, 8, 9]
+
+
+def test_a_broken_record_keeps_neither_the_folder_from_opening_nor_from_pruning(
+    tmp_path, state, warnings
+):
+    save_steps(tmp_path, state, {1: 0.1, 2: 0.2})
+    (tmp_path / "1" / "meta" / "metadata").write_text("{")
+    assert save_steps(tmp_path, state, {3: 0.3}) == [2, 3]
+    assert "step 1" in warnings[0] and "its held-out loss is unknown" in warnings[0]
+
+
+def test_at_least_one_checkpoint_must_be_kept(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+        checkpoint.open_checkpoints(tmp_path, keep=0)
+
+
+# Refusals.
 
 
 def test_another_architecture_is_refused_and_its_fields_are_named(run_folder, state):
     meta = create_meta(network={**FIELDS, "block_depth": 3, "norm": "group"})
-    with checkpoint.open_checkpoints(run_folder / "checkpoints") as manager:
-        with pytest.raises(ValueError) as error:
-            checkpoint.restore_checkpoint(manager, target_of(state), meta)
+    with pytest.raises(ValueError) as error:
+        restore(run_folder, state, meta)
     assert "network.block_depth is 1 there, 3 here" in str(error.value)
     assert "network.norm is None there, group here" in str(error.value)
     assert "widths" not in str(error.value)
 
 
-def test_another_vae_or_scale_is_refused():
-    saved, where = create_meta(), "there"
-    with pytest.raises(ValueError, match="vae.sha256 is ab there, ef here"):
-        checkpoint.check_meta(saved, create_meta(vae={"name": "some/vae", "sha256": "ef"}), where)
-    with pytest.raises(ValueError, match=r"std_latent is \[2.0, 3.0, 4.0, 5.0\] there, 1.0 here"):
-        checkpoint.check_meta(saved, create_meta(scale=LatentScale(1.0)), where)
+def test_another_optimizer_is_refused_and_is_not_damage(tmp_path, run_folder, state):
+    folder = copy_run(run_folder, tmp_path)
+    clipped = training.get_optimizer(steps=10, warmup_steps=2, clip_norm=1.0)
+    other = state.replace(opt_state=clipped.init(state.params))
+    with pytest.raises(ValueError, match="saved with another optimizer"):
+        restore(folder, other)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["5", "7"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path, state):
+def test_a_step_that_is_there_is_not_saved_again(tmp_path, state):
     with checkpoint.open_checkpoints(tmp_path) as manager:
         checkpoint.save_checkpoint(manager, state, create_meta())
-    for file in (tmp_path / "7" / "state").rglob("*"):
-        if file.is_file() and "ocdbt" not in file.name and file.stat().st_size > 4096:
-            file.write_bytes(file.read_bytes()[:100])
+        with pytest.raises(ValueError, match="must lie before step 7, got 7"):
+            checkpoint.save_checkpoint(manager, state, create_meta())
+        with pytest.raises(ValueError, match="must lie before step 6, got 7"):
+            checkpoint.save_checkpoint(manager, at_step(state, 6), create_meta())
+
+
+def test_a_state_with_an_empty_tensor_is_refused(tmp_path, state):
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        with pytest.raises(Exception) as error:
-            checkpoint.restore_checkpoint(manager, target_of(state), create_meta())
-    assert any(f"{tmp_path}, step 7" in note for note in error.value.__notes__)
+        with pytest.raises(
+            ValueError, match=r"must have elements, got none in \['batch_stats/x'\]"
+        ):
+            broken = state.replace(batch_stats={"x": jnp.zeros((0, 3))})
+            checkpoint.save_checkpoint(manager, broken, create_meta())
 
 
-def test_a_model_is_loaded_from_a_run_with_its_averaged_weights(run_folder, state):
-    for folder in (run_folder, run_folder / "checkpoints"):
-        model = checkpoint.load_model(folder)
-        chex.assert_trees_all_equal(model.denoiser.variables, state.ema_variables)
-        assert model.denoiser.network == get_network(**FIELDS)
-        np.testing.assert_array_equal(model.scale.std_latent, SCALE.std_latent)
-        np.testing.assert_array_equal(model.scale.mean_latent, SCALE.mean_latent)
-        assert model.meta == create_meta()
+# Damage.
 
 
-def test_an_exported_model_is_the_weights_rounded_to_float16(tmp_path, run_folder, state):
-    folder = checkpoint.export_model(checkpoint.load_model(run_folder), tmp_path / "model")
-    model = checkpoint.load_model(folder)
-    rounded = jax.tree.map(
-        lambda x: np.asarray(x).astype(np.float16).astype(np.float32), state.ema_params
-    )
-    chex.assert_trees_all_equal(model.denoiser.variables["params"], rounded)
-    chex.assert_trees_all_equal(model.denoiser.variables["batch_stats"], state.ema_batch_stats)
-    assert model.meta == create_meta()
-    stored = load_file(folder / checkpoint.WEIGHTS_FILE)
-    assert {v.dtype for k, v in stored.items() if k.startswith("params/")} == {np.dtype("float16")}
+def get_largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def test_weights_beyond_float16_are_not_exported(tmp_path, run_folder):
-    model = checkpoint.load_model(run_folder)
-    variables = jax.tree.map(lambda x: x * 1e6 + 1e6, model.denoiser.variables)
-    model = model._replace(denoiser=Denoiser(model.denoiser.network, variables))
-    with pytest.raises(ValueError, match="beyond the range of float16"):
-        checkpoint.export_model(model, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+def truncate(step):
+    file = get_largest_file(step / "state" / "ocdbt.process_0")
+    file.write_bytes(file.read_bytes()[:100])
 
 
-def test_an_exported_model_is_not_overwritten(tmp_path, run_folder):
-    model = checkpoint.load_model(run_folder)
-    checkpoint.export_model(model, tmp_path)
-    with pytest.raises(FileExistsError, match="already holds a model"):
-        checkpoint.export_model(model, tmp_path)
+def flip_in_tensors(step):
+    file = get_largest_file(step / "state" / "ocdbt.process_0")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        checkpoint.load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no such checkpoint folder"):
-        checkpoint.load_model(tmp_path / "nowhere")
+def flip_in_record(step):
+    file = step / "meta" / "metadata"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"std_latent") + 14] ^= 1
+    file.write_bytes(content)
 
 
-def edit_meta(folder, **changes):
-    path = folder / checkpoint.META_FILE
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def delete_record(step):
+    (step / "meta" / "metadata").unlink()
 
 
-def test_a_newer_format_is_refused(tmp_path, run_folder):
-    folder = checkpoint.export_model(checkpoint.load_model(run_folder), tmp_path)
-    edit_meta(folder, format_version=99)
-    with pytest.raises(ValueError, match="format version 99"):
-        checkpoint.load_model(folder)
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
 
 
-def test_weights_of_another_network_are_refused(tmp_path, run_folder):
-    folder = checkpoint.export_model(checkpoint.load_model(run_folder), tmp_path)
-    edit_meta(folder, network={**FIELDS, "widths": (8, 24)})
-    with pytest.raises(ValueError, match=r"do not fit .* first at .*needed \(.*got \("):
-        checkpoint.load_model(folder)
+@pytest.mark.parametrize(
+    "damage", [truncate, flip_in_tensors, flip_in_record, delete_record, empty]
+)
+def test_a_run_goes_back_from_a_damaged_checkpoint_and_says_so(
+    tmp_path, run_folder, state, warnings, damage
+):
+    folder = copy_run(run_folder, tmp_path)
+    damage(folder / "checkpoints" / "7")
+    chex.assert_trees_all_equal(restore(folder, state), at_step(state, 5))
+    assert len(warnings) == 1
+    assert "the checkpoint of step 7" in warnings[0]
+    assert f"moved to {folder / 'damaged' / '7'}; the run goes back to step 5" in warnings[0]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["5"]
+    # The step is saved again, and a second damaged one does not take the first one's place.
+    with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
+        checkpoint.save_checkpoint(manager, at_step(state, 7), create_meta())
+    flip_in_record(folder / "checkpoints" / "7")
+    chex.assert_trees_all_equal(restore(folder, state), at_step(state, 5))
+    assert sorted(p.name for p in (folder / "damaged").iterdir()) == ["7", "7-2"]
 
 
-def test_truncated_weights_are_named(tmp_path, run_folder):
-    folder = checkpoint.export_model(checkpoint.load_model(run_folder), tmp_path)
-    path = folder / checkpoint.WEIGHTS_FILE
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(Exception) as error:
-        checkpoint.load_model(folder)
-    assert any(str(path) in note for note in error.value.__notes__)
+def test_a_flipped_bit_names_the_tensor(tmp_path, run_folder, state, warnings):
+    # What the storage itself does not notice: a digest of another value, in a record that is whole.
+    from ldm_jax import records
+
+    folder = copy_run(run_folder, tmp_path)
+    path = folder / "checkpoints" / "7" / "meta" / "metadata"
+    record = json.loads(path.read_text())
+    name = next(name for name in record["digests"] if name.startswith("opt_state/0/mu/"))
+    record["digests"][name] = "0" * 16
+    record["sha256"] = records._get_sha256({k: v for k, v in record.items() if k != "sha256"})
+    path.write_text(json.dumps(record))
+    chex.assert_trees_all_equal(restore(folder, state), at_step(state, 5))
+    assert f"the tensor {name} differs from what was saved" in warnings[0]
+
+
+def test_without_a_whole_checkpoint_each_is_named_and_none_is_moved(tmp_path, run_folder, state):
+    folder = copy_run(run_folder, tmp_path)
+    flip_in_record(folder / "checkpoints" / "5")
+    delete_record(folder / "checkpoints" / "7")
+    with pytest.raises(
+        DamagedError, match=r"none .* is whole: step 7: FileNotFound.*; step 5: its"
+    ):
+        restore(folder, state)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["5", "7"]
+
+
+def test_an_empty_directory_is_not_taken_for_a_checkpoint(tmp_path, state, warnings):
+    (tmp_path / "checkpoints" / "30").mkdir(parents=True)
+    with checkpoint.open_checkpoints(tmp_path / "checkpoints") as manager:
+        assert checkpoint.restore_checkpoint(manager, target_of(state), create_meta()) is None
+        checkpoint.save_checkpoint(manager, state, create_meta())
+    assert "an empty directory" in warnings[0] and "starts from the beginning" in warnings[0]
+    chex.assert_trees_all_equal(restore(tmp_path, state), state)
+
+
+def test_a_checkpoint_of_format_version_1_is_read_with_a_warning(
+    tmp_path, run_folder, state, warnings
+):
+    folder = copy_run(run_folder, tmp_path)
+    path = folder / "checkpoints" / "7" / "meta" / "metadata"
+    path.write_text(json.dumps(json.loads(path.read_text())["model"] | {"format_version": 1}))
+    chex.assert_trees_all_equal(restore(folder, state), at_step(state, 7))
+    assert len(warnings) == 1 and "step 7 has no digests" in warnings[0]
+
+
+# Full disks.
+
+
+def test_without_room_on_the_disk_nothing_is_written(tmp_path, state, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        with pytest.raises(
+            OSError, match=f"{needed} bytes are needed, 1000 are free in {tmp_path}"
+        ):
+            checkpoint.save_checkpoint(manager, state, create_meta())
+    assert list(tmp_path.iterdir()) == []
+
+
+FILL_THE_DISK = """
+import resource
+from ldm_jax import checkpoint
+from states import at_step, create_meta, create_state
+
+state = create_state()
+with checkpoint.open_checkpoints({folder!r}) as manager:
+    checkpoint.save_checkpoint(manager, at_step(state, 1), create_meta())
+    manager.wait_until_finished()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # As a full disk: writing fails.
+    checkpoint.save_checkpoint(manager, at_step(state, 2), create_meta())
+    manager.wait_until_finished()
+"""
+
+
+def test_a_disk_that_fills_ends_the_run_with_the_last_checkpoint_whole(tmp_path, state, warnings):
+    folder = tmp_path / "checkpoints"
+    code, output = run_processes(
+        [[sys.executable, "-c", FILL_THE_DISK.format(folder=str(folder))]]
+    )[0]
+    assert code == 1
+    assert f"OSError: a checkpoint could not be written to {folder}" in output
+    assert "Those saved before it are untouched" in output
+    chex.assert_trees_all_equal(restore(tmp_path, state), at_step(state, 1))
+    assert warnings == []
+
+
+# Other meshes.
+
+
+@pytest.fixture(scope="module")
+def small_state():
+    return create_small_state()
+
+
+def shard(state, shape, axis="fsdp"):
+    """The state with its large tensors split over one axis of a mesh, as FSDP does."""
+    devices = np.asarray(jax.devices()[: shape[0] * shape[1]]).reshape(shape)
+    mesh = Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    size = dict(zip(mesh.axis_names, shape))[axis]
+
+    def place(x):
+        spec = [None] * x.ndim
+        if x.ndim and x.shape[-1] % size == 0:
+            spec[-1] = axis
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return jax.tree.map(place, state)
+
+
+@pytest.mark.parametrize("shape, axis", [((1, 8), "fsdp"), ((2, 4), "fsdp"), ((8, 1), "data")])
+def test_a_checkpoint_of_one_mesh_restores_on_any_other(tmp_path, small_state, shape, axis):
+    saved = shard(small_state, shape, axis)
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save_checkpoint(manager, saved, create_meta())
+        manager.wait_until_finished()
+        for target in (
+            small_state,
+            shard(small_state, (1, 2)),
+            shard(small_state, (2, 4)),
+            shard(small_state, (4, 2), "data"),
+        ):
+            restored = checkpoint.restore_checkpoint(manager, target_of(target), create_meta())
+            chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(small_state))
+            assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(
+                lambda x: x.sharding, target
+            )
+
+
+WORKER = str(Path(__file__).parent / "worker.py")
+
+
+def test_a_checkpoint_of_two_processes_restores_on_one_and_on_four(tmp_path, small_state, warnings):
+    def run(mode, processes):
+        arguments = [[sys.executable, WORKER, mode, str(tmp_path)] for _ in range(processes)]
+        return run_processes(arguments, devices=8 // processes)
+
+    assert [code for code, _ in run("save", 2)] == [0, 0]
+    # One process with eight devices is this one.
+    restored = restore(tmp_path, shard(small_state, (2, 4)))
+    chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get(at_step(small_state, 7)))
+    assert warnings == []
+    results = run("restore", 4)
+    assert [code for code, _ in results] == [0, 0, 0, 0], results
+    assert all("restored step 7" in output for _, output in results)
+    # Without what the second process wrote they go back together.
+    shutil.rmtree(tmp_path / "checkpoints" / "7" / "state" / "ocdbt.process_1" / "d")
+    results = run("restore", 2)
+    assert [code for code, _ in results] == [0, 0], results
+    assert all("restored step 5" in output for _, output in results)
+    assert sum("the run goes back to step 5" in output for _, output in results) == 1
+    assert [p.name for p in (tmp_path / "damaged").iterdir()] == ["7"]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import encode
 import sample
 import train
 from configs import demo, emoji, seed, tiny
-from ldm_jax import checkpoint
+from ldm_jax import checkpoint, models
 from ldm_jax.data import open_cache
 from ldm_jax.plotting import read_png_metadata
 
@@ -108,6 +109,47 @@ def stop_at(step, config, workdir):
         train.train(config, workdir)
 
 
+def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, capsys):
+    config = get_config(root)
+    workdir = root / "preempted"
+    with pytest.MonkeyPatch.context() as patch:
+
+        class Preempted(train.RunLog):
+            def add_step(self, metrics, waited):
+                super().add_step(metrics, waited)
+                if self._bar.n == 13:
+                    signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(train, "RunLog", Preempted)
+        state = train.train(config, workdir)
+    assert int(state.step) == 13
+    assert "SIGTERM: stopped after step 13, which is saved" in capsys.readouterr().out
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "13"]
+    resumed = train.train(config, workdir)
+    whole = train.train(config, root / "run")
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
+    lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [5, 10, 13, 15, 20]
+
+
+def test_the_best_checkpoint_is_drawn_from_on_request(root, tmp_path):
+    losses = {}
+    for line in (root / "run" / "log.jsonl").read_text().splitlines():
+        line = json.loads(line)
+        losses[line["step"]] = line.get("held_out_loss", float("inf"))
+    best = min(losses, key=lambda step: losses[step])
+    pictures = [
+        sample.sample(["a red ellipse"], tmp_path / str(step), **from_step(root, step))[0]
+        for step in ("best", best)
+    ]
+    one, other = (np.asarray(Image.open(path)) for path in pictures)
+    np.testing.assert_array_equal(one, other)
+
+
+def from_step(root, step):
+    return {"checkpoint_folder": root / "run", "checkpoint_step": step}
+
+
 def test_pictures_are_drawn_from_the_checkpoint_alone(root, tmp_path):
     prompts = ["a red ellipse", "a green rectangle"]
     paths = sample.sample(prompts, tmp_path, checkpoint_folder=root / "run", num=2, seed=5)
@@ -157,7 +199,7 @@ def test_a_pair_of_npy_files_is_trained_on(tmp_path):
     encode.encode(config, progress=False)
     state = train.train(config, tmp_path / "run")
     assert int(state.step) == 5
-    model = checkpoint.load_model(tmp_path / "run")
+    model = models.load_model(tmp_path / "run")
     train_split = open_cache(tmp_path / "cache").examples("train")
     latents = np.load(tmp_path / "latents.npy")[train_split]
     np.testing.assert_allclose(model.scale.std_latent, 2.5 * latents.std(), rtol=1e-3)
@@ -239,9 +281,9 @@ def test_prompts_that_cannot_be_drawn_are_refused(root, tmp_path, prompts, messa
 
 
 def test_another_vae_than_the_trainings_is_refused(root, tmp_path):
-    model = checkpoint.load_model(root / "run")
+    model = models.load_model(root / "run")
     model.meta["vae"]["sha256"] = "00"
-    checkpoint.export_model(model, tmp_path / "model")
+    models.export_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match="was trained with bundled:emoji of digest 00"):
         sample.sample(["a"], tmp_path / "out", checkpoint_folder=tmp_path / "model")
 

@@ -1,0 +1,289 @@
+"""Models: a run's checkpoint, or exported weights => a denoiser with all that sampling needs.
+
+A model's `meta` holds the network's fields, the encoders' identities, the scale of the latents and
+the sampler's settings, so that a checkpoint needs no other file and no flag to draw pictures. Of a
+run's checkpoint the averaged weights alone are read; `export_model` writes them as safetensors
+beside a JSON file.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from ldm_jax import records
+from ldm_jax.latents import LatentScale
+from ldm_jax.sampler import Denoiser
+from ldm_jax.unet import get_network
+
+FORMAT_VERSION = 2
+WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
+BUNDLED = Path(__file__).parent / "weights" / "emoji"
+
+
+class Model(NamedTuple):
+    """A trained denoiser and what it was trained with.
+
+    Attributes:
+        denoiser: the network with its averaged weights.
+        scale: of its latents.
+        meta: the JSON object described in `create_meta`.
+    """
+
+    denoiser: Denoiser
+    scale: LatentScale
+    meta: dict
+
+
+def create_meta(
+    *,
+    network: dict,
+    noising: dict,
+    sampling: dict,
+    scale: LatentScale,
+    vae: dict,
+    text_encoder: dict,
+    latent_shape: tuple[int, ...],
+    embedding_shape: tuple[int, ...],
+) -> dict:
+    """What travels with the weights, as a JSON object.
+
+    Args:
+        network: arguments of `get_network`.
+        noising: mixture, noise law and largest angle of the training.
+        sampling: arguments of `get_diffuser`, the defaults when pictures are drawn.
+        scale: of the latents.
+        vae: identity of the VAE, {"name", "sha256"}.
+        text_encoder: identity of the text encoder, likewise.
+        latent_shape: (h, w, c).
+        embedding_shape: (e,) or (n, e).
+    """
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "network": network,
+        "noising": noising,
+        "sampling": sampling,
+        "std_latent": np.asarray(scale.std_latent, np.float64).tolist(),
+        "mean_latent": np.asarray(scale.mean_latent, np.float64).tolist(),
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "latent_shape": latent_shape,
+        "embedding_shape": embedding_shape,
+    }
+    return json.loads(json.dumps(meta))
+
+
+def check_meta(saved: dict, wanted: dict, where: str) -> None:
+    """Compares the architecture and the data's contract of two models.
+
+    Raises:
+        ValueError: names each field that differs, with both values; or for a newer format.
+    """
+    _check_version(saved, where)
+    differences = []
+    for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
+        old, new = saved[part], wanted[part]
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
+        elif old != new:
+            differences.append(f"{part} is {old} there, {new} here")
+    if differences:
+        raise ValueError(
+            f"the checkpoint in {where} belongs to another model: {'; '.join(differences)}. "
+            "Use another workdir, or the config that it was trained with"
+        )
+
+
+def load_model(folder: str | os.PathLike | None = None, step: str | int = "last") -> Model:
+    """The averaged weights of a run's checkpoint, of an exported model, or the bundled ones.
+
+    Args:
+        folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None for
+            the weights that come with the package.
+        step: which checkpoint of a run: "last", "best" by held-out loss, or its number.
+
+    Raises:
+        FileNotFoundError: if there is neither in the folder, or no such step.
+        DamagedError: if the checkpoint is not what was saved; the other steps are named.
+        ValueError: for a checkpoint of a newer format, or weights that do not fit the network.
+    """
+    path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
+    if (path / META_FILE).is_file():
+        if step != "last":
+            raise ValueError(f"step must be 'last' for an exported model, got {step!r}")
+        meta = json.loads((path / META_FILE).read_text())
+        variables = _read_weights(path / WEIGHTS_FILE, meta.pop("weights_sha256", None))
+    else:
+        path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        step = _choose_step(path, step)
+        try:
+            meta, variables = _read_averages(path, step)
+        except Exception as error:
+            others = ", ".join(str(s) for s in _list_checkpoints(path) if s != step)
+            raise records.DamagedError(
+                f"the checkpoint of step {step} in {path} is damaged: {records.describe(error)}. "
+                + (f"Choose another by its step: {others}" if others else "There is no other")
+            ) from error
+    _check_version(meta, path)
+    network = get_network(**meta["network"])
+    _check_variables(network, variables, meta, path)
+    scale = LatentScale(
+        np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
+    )
+    return Model(Denoiser(network, variables), scale, meta)
+
+
+def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16") -> Path:
+    """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded to `dtype`.
+
+    Running statistics stay float32, since their range is not bounded.
+
+    Raises:
+        ValueError: if a weight is beyond the range of `dtype`.
+        FileExistsError: if the folder holds a model already.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder).expanduser()
+    if (folder / META_FILE).exists():
+        raise FileExistsError(f"{folder} already holds a model")
+    tensors = {}
+    for name, value in flatten_dict(model.denoiser.variables, sep="/").items():
+        value = np.asarray(value)
+        with np.errstate(over="ignore"):  # Looked for below, with a better message.
+            rounded = value.astype(dtype) if name.startswith("params/") else value
+        if not np.isfinite(rounded).all():
+            raise ValueError(
+                f"{name} has values beyond the range of {dtype}: {np.abs(value).max()}"
+            )
+        tensors[name] = np.ascontiguousarray(rounded)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (WEIGHTS_FILE + ".partial")
+    save_file(tensors, partial)
+    partial.replace(folder / WEIGHTS_FILE)
+    meta = model.meta | {"weights_sha256": _get_file_sha256(folder / WEIGHTS_FILE)}
+    # The meta file comes last: a folder that has one is whole.
+    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+    return folder
+
+
+def _read_weights(path: Path, sha256: str | None) -> dict:
+    from safetensors.numpy import load_file
+
+    try:
+        if sha256 is not None and sha256 != _get_file_sha256(path):
+            raise records.DamagedError(f"{path} differs from what was exported")
+        tensors = load_file(path)
+    except Exception as error:
+        error.add_note(f"while reading {path}")
+        raise
+    variables = unflatten_dict(tensors, sep="/")
+    variables.setdefault("batch_stats", {})
+    return jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), variables)
+
+
+def _get_file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _choose_step(folder: Path, step: str | int) -> int:
+    """The number of the checkpoint that "last", "best" or a number means."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such checkpoint folder: {folder}")
+    steps = _list_checkpoints(folder)
+    if not steps:
+        raise FileNotFoundError(
+            f"{folder} holds no checkpoint: a workdir of train.py or an exported model "
+            f"({META_FILE} and {WEIGHTS_FILE}) is needed"
+        )
+    if step == "last":
+        return steps[-1]
+    if step == "best":
+        return _find_best_step(folder, steps)
+    if isinstance(step, str) and not step.isdecimal():
+        raise ValueError(f"step must be 'last', 'best' or a number, got {step!r}")
+    if int(step) not in steps:
+        raise FileNotFoundError(f"{folder} holds the steps {steps}, got step {step}")
+    return int(step)
+
+
+def _list_checkpoints(folder: Path) -> list[int]:
+    return [step for step in records.list_steps(folder) if not records.is_empty(folder, step)]
+
+
+def _find_best_step(folder: Path, steps: list[int]) -> int:
+    losses = {}
+    for step in steps:
+        try:
+            losses[step] = records.read_record(folder, step)["held_out_loss"]
+        except Exception as error:
+            logging.warning(
+                "the checkpoint of step %d in %s is damaged and not considered: %s",
+                *(step, folder, records.describe(error)),
+            )
+    known = {step: loss for step, loss in losses.items() if loss is not None}
+    if not known:
+        raise ValueError(f"no checkpoint in {folder} has a held-out loss: choose one of {steps}")
+    return min(known, key=lambda step: (known[step], -step))
+
+
+def _read_averages(folder: Path, step: int) -> tuple[dict, dict]:
+    """Meta and averaged weights of a step, on one device; nothing else of the state is read."""
+    record = records.read_record(folder, step)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    saved = records.read_structure(folder, step)
+    wanted = {
+        key: jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            saved[key],
+        )
+        for key in ("ema_params", "ema_batch_stats")
+        if saved.get(key)
+    }
+    tensors = records.read_tensors(folder, step, wanted, partial=True)
+    if record["digests"] is not None:
+        digests = {k: v for k, v in record["digests"].items() if k.split("/")[0].startswith("ema_")}
+        records.check_tensors(tensors, digests)
+    variables = {"params": tensors["ema_params"]}
+    variables["batch_stats"] = tensors.get("ema_batch_stats", {})
+    return record["model"], variables
+
+
+def _check_version(meta: dict, where: object) -> None:
+    if meta["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format version {meta['format_version']}, this release reads up to "
+            f"{FORMAT_VERSION}: install a newer ldm_jax"
+        )
+
+
+def _check_variables(network: Any, variables: dict, meta: dict, path: Path) -> None:
+    """Raises ValueError unless the weights are those of the network that `meta` describes."""
+    shapes = jax.eval_shape(
+        network.init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((1, *meta["latent_shape"]), "float32"),
+        jax.ShapeDtypeStruct((1,), "float32"),
+        jax.ShapeDtypeStruct((1, *meta["embedding_shape"]), "float32"),
+    )
+
+    def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+        flat: dict[str, Any] = flatten_dict(tree, sep="/")
+        return {name: leaf.shape for name, leaf in flat.items()}
+
+    wanted, found = shapes_of(dict(shapes)), shapes_of(variables)
+    wrong = [k for k in sorted({*wanted, *found}) if wanted.get(k) != found.get(k)]
+    if wrong:
+        raise ValueError(
+            f"the weights in {path} do not fit the network described beside them, first at "
+            f"{wrong[0]}: needed {wanted.get(wrong[0])}, got {found.get(wrong[0])} "
+            f"({len(wrong)} tensors differ)"
+        )
