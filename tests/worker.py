@@ -1,4 +1,4 @@
-"""One process of a job: worker.py save|restore|preempt FOLDER, started by benchmarks/processes.py."""
+"""One process of a job: worker.py save|restore|preempt FOLDER, see benchmarks/processes.py."""
 
 import os
 import sys

@@ -1,0 +1,126 @@
+"""The launch script, two processes of train.py, preemption, and going on with another number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import sample
+from benchmarks.damage import prepare, read_newest
+from benchmarks.processes import FAST_COMPILATION, ROOT, find_free_port, run_processes
+from ldm_jax import models
+
+SSH = """#!/usr/bin/env bash
+# Stands for ssh: runs the command here, whatever the host.
+shift
+exec bash -c "$*"
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pair of .npy files, their cache and a config of 60 steps."""
+    folder = tmp_path_factory.mktemp("pods")
+    prepare(folder)
+    (folder / "ssh").write_text(SSH)
+    (folder / "ssh").chmod(0o755)
+    return folder
+
+
+def get_flags(folder, workdir, mesh):
+    return [
+        f"--config={folder / 'config.py'}",
+        f"--workdir={folder / workdir}",
+        f"--config.sharding.mesh={mesh}",
+    ]
+
+
+def launch(folder, *flags, hosts=2, devices=2):
+    """launch/ssh.sh on so many hosts, all of them this machine."""
+    environment = os.environ | {
+        "HOSTS": " ".join(["127.0.0.1"] * hosts),
+        "PORT": str(find_free_port()),
+        "SSH": str(folder / "ssh"),
+        "DIR": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST_COMPILATION}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.Popen(
+        [str(ROOT / "launch" / "ssh.sh"), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def read_log(workdir):
+    path = workdir / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+def test_a_preempted_run_of_two_hosts_goes_on_on_one(folder):
+    workdir = folder / "moved"
+    process = launch(folder, *get_flags(folder, "moved", "data=2,fsdp=2"))
+    deadline = time.monotonic() + 300
+    while len(read_log(workdir)) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)  # To the script; it passes it on.
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert "[0] process 0 of 2, 2 of 4 devices" in output
+    assert "[1] process 1 of 2, 2 of 4 devices" in output
+    assert "fsdp, axis" in output  # The table of shardings.
+    assert output.count("SIGTERM: stopped after step") == 1
+    stopped = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert 4 <= stopped < 60
+
+    # On one host with another number of devices and another mesh.
+    command = [sys.executable, "train.py"]
+    ((code, output),) = run_processes([[*command, *get_flags(folder, "moved", "data")]], devices=4)
+    assert code == 0 and f"going on from step {stopped}" in output, output
+    ((code, output),) = run_processes([[*command, *get_flags(folder, "whole", "data")]], devices=1)
+    assert code == 0, output
+
+    # The same batches, noise and dropped labels: the losses are those of the run that stayed.
+    moved, whole = read_log(workdir), read_log(folder / "whole")
+    assert [line["step"] for line in moved] == [line["step"] for line in whole]
+    losses = np.array([[line["loss"] for line in log] for log in (moved, whole)])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
+    assert np.std(losses[1]) > 0.01
+    states = [read_newest(folder / name) for name in ("moved", "whole")]
+    norms = [
+        np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(state.ema_params)))
+        for state in states
+    ]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-2)
+
+    # Sampling needs neither the mesh nor the other host.
+    model = models.load_model(workdir)
+    assert all(len(x.devices()) == 1 for x in jax.tree.leaves(model.denoiser.variables))
+    paths = sample.sample(["a"], folder / "pictures", checkpoint_folder=workdir)
+    assert paths[0].exists()
+
+
+@pytest.mark.slow
+def test_hosts_with_different_commands_stop(folder):
+    flags = get_flags(folder, "differ", "data")
+    commands = [
+        [sys.executable, "train.py", *flags, f"--config.seed={seed}", "--num_processes=2"]
+        for seed in (0, 1)
+    ]
+    port = find_free_port()
+    for number, command in enumerate(commands):
+        command += [f"--coordinator=127.0.0.1:{port}", f"--process_id={number}"]
+    for code, output in run_processes(commands, devices=1):
+        assert code == 1
+        assert "not all have process 0's config (process 1)" in output
+    assert not (folder / "differ" / "checkpoints").exists()
