@@ -4,12 +4,15 @@ The record is the JSON item beside the tensors: the model's meta, step and held-
 of each tensor, and a SHA-256 of all that, so that a flipped bit in either is noticed.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
 import logging
 import math
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -90,18 +93,27 @@ def read_tensors(
         partial_restore=partial,
     )
     path = epath.Path(folder) / str(step) / STATE_ITEM
-    # A failed reading of many tensors would be told for each, at length, when they are freed.
-    told_by_asyncio = logging.getLogger("asyncio")
-    told_by_asyncio.disabled = True
+    with _told_once():
+        try:
+            return ocp.PyTreeCheckpointHandler().restore(path, args=args)
+        except Exception as error:
+            fault = describe(error)
+            absl_logging.debug("Raised here:", exc_info=True)
+    raise DamagedError(fault)
+
+
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keeps asyncio quiet, which would tell a failed reading once more for each tensor, at length,
+    when it frees them.
+    """
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    logger.disabled, sys.unraisablehook = True, lambda unraisable: None
     try:
-        return ocp.PyTreeCheckpointHandler().restore(path, args=args)
-    except Exception as error:
-        fault = describe(error)
-        absl_logging.debug("Raised here:", exc_info=True)
+        yield
     finally:
         gc.collect()
-        told_by_asyncio.disabled = False
-    raise DamagedError(fault)
+        logger.disabled, sys.unraisablehook = False, hook
 
 
 def read_structure(folder: str | os.PathLike, step: int) -> Any:
