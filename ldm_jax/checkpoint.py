@@ -27,6 +27,15 @@ from ldm_jax.training import TrainState
 T = TypeVar("T")
 EMPTY = "an empty directory"
 
+# Orbax lets every replica write a slice of a replicated tensor, and cuts the slices one by one.
+# With slices of a MiB or more, saving 451 small tensors of 8 devices holds a run up for 0.4 s and
+# not for 3.1 s.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+    override=True,
+)
+
 
 class Checkpoints(ocp.CheckpointManager):
     """Orbax's manager. A save that failed in the background is told by whatever waits for it."""
