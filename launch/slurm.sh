@@ -15,5 +15,11 @@
 #SBATCH --signal=TERM@120
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
-# A killed or preempted job is queued again with this same command and goes on by itself.
-exec srun --kill-on-bad-exit=1 .venv/bin/python train.py --cluster=slurm "$@"
+
+# SLURM itself queues the job again when a node fails or a job of higher priority takes its place.
+# When the time is up the run ends well, unfinished, and says so: then this script asks for it.
+output=$(mktemp)
+srun --kill-on-bad-exit=1 .venv/bin/python train.py --cluster=slurm "$@" 2>&1 | tee "$output"
+if grep -q 'SIGTERM: stopped after step' "$output"; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi

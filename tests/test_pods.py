@@ -124,3 +124,44 @@ def test_hosts_with_different_commands_stop(folder):
         assert code == 1
         assert "not all have process 0's config (process 1)" in output
     assert not (folder / "differ" / "checkpoints").exists()
+
+
+def run_script(tmp_path, script, programs, *arguments, **variables):
+    """A launch script with stand-ins for the cluster's programs; its output."""
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | variables
+    result = subprocess.run(
+        [str(ROOT / "launch" / script), *arguments], env=environment, capture_output=True, text=True
+    )
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("ending", ["", "SIGTERM: stopped after step 5, which is saved"])
+def test_a_slurm_job_is_queued_again_when_its_time_was_up(tmp_path, ending):
+    programs = {"srun": f'echo "srun $*"; echo "{ending}"', "scontrol": 'echo "scontrol $*"'}
+    code, output = run_script(
+        tmp_path, "slurm.sh", programs, "--config=a.py", "--workdir=b c", SLURM_JOB_ID="42"
+    )
+    assert code == 0
+    assert "train.py --cluster=slurm --config=a.py --workdir=b c" in output
+    assert ("scontrol requeue 42" in output) == bool(ending)
+
+
+def test_a_slurm_job_that_fails_is_not_queued_again(tmp_path):
+    programs = {"srun": "echo broken; exit 3", "scontrol": 'echo "scontrol $*"'}
+    code, output = run_script(tmp_path, "slurm.sh", programs, SLURM_JOB_ID="42")
+    assert code == 3 and "scontrol" not in output
+
+
+def test_every_host_of_a_tpu_gets_the_same_command(tmp_path):
+    programs = {"gcloud": 'printf "%s\\n" "$@"'}
+    where = {"TPU": "pod", "ZONE": "here", "REPO": "https://example.org/r.git"}
+    code, output = run_script(tmp_path, "tpu_pod.sh", programs, "--workdir=b c", **where)
+    assert code == 0
+    assert "--worker=all" in output.splitlines()
+    assert "git clone --depth=1 https://example.org/r.git" in output
+    assert r"train.py --cluster=tpu --workdir=b\ c" in output
+    code, output = run_script(tmp_path, "tpu_pod.sh", programs, TPU="", ZONE="", REPO="")
+    assert code != 0 and "name of the TPU" in output
