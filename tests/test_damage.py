@@ -39,8 +39,8 @@ def test_sigterm_ends_with_0_and_a_full_disk_with_1_and_nothing_is_lost(folder):
 
     process = damage.start(folder, workdir)
     wait_for_step(process, workdir, saved + 1)
-    # As on a full disk, writing a file of some length fails from here on.
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    # As on a full disk, writing a file of some length fails from here on; the output is shorter.
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (400_000, 400_000))
     assert process.wait(60) == 1
     output = (workdir / "output.txt").read_text()
     assert f"going on from step {saved}" in output
