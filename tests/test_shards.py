@@ -258,5 +258,6 @@ def test_memory_does_not_grow_with_the_number_of_examples(tmp_path, write_cache)
     few, many = (
         peak(open_cache(write_cache(tmp_path / str(n), n, shard_size=100))) for n in (4000, 16_000)
     )
-    # A list of the examples would be eight bytes for each, 96 kB more.
-    assert many < few + 20_000
+    # A list of the examples would be eight bytes for each, 96 kB more; tables of 120 more shards
+    # take some of the half of it that is allowed here.
+    assert many < few + 48_000
