@@ -26,12 +26,12 @@ import jax
 import numpy as np
 
 import encode
+from benchmarks.processes import FAST_COMPILATION
 from configs import tiny
 from ldm_jax import checkpoint, models, records, training
 from ldm_jax.unet import get_network
 
 ROOT = Path(__file__).parent.parent
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 CONFIG = """
 from benchmarks.damage import get_config as get
 
@@ -73,7 +73,7 @@ def start(folder: Path, workdir: Path) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": XLA_FLAGS,
+        "XLA_FLAGS": FAST_COMPILATION,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_COMPILATION_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -322,7 +322,7 @@ def print_tables(kills: Counter, outcomes: dict[str, Counter]) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = XLA_FLAGS
+    os.environ["XLA_FLAGS"] = FAST_COMPILATION
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)

@@ -2,14 +2,14 @@
 
 import os
 
+from benchmarks.processes import FAST_COMPILATION
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # Tests compile more than they compute; without these XLA takes five times as long.
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        FAST_COMPILATION,  # Tests compile more than they compute.
     ]
 )
 os.environ.setdefault("KERAS_BACKEND", "jax")
