@@ -5,7 +5,7 @@ from configs import emoji
 
 def get_config():
     config = emoji.get_config()
-    config.steps = 600
+    config.steps = 450
     config.batch_size = 64
     config.data.styles = ("twemoji",)
     config.network.block_depth = 1
@@ -16,7 +16,7 @@ def get_config():
     config.training.ema_decay = 0.99
     config.sampling.diffusion_steps = 30
     config.log_every = 50
-    config.eval_every = 200
-    config.sample_every = 300
-    config.save_every = 300
+    config.eval_every = 150
+    config.sample_every = 450
+    config.save_every = 225
     return config

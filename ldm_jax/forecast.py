@@ -5,6 +5,7 @@ arithmetic and messages are the compiler's own account. For GPUs it would need o
 partitioned program of as many virtual CPU devices stands in, whose messages are the same.
 """
 
+import importlib.util
 import math
 import os
 import re
@@ -84,9 +85,7 @@ def get_devices(target: Target) -> list[Any]:
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:
-        try:
-            import libtpu  # noqa: F401
-        except ImportError:
+        if importlib.util.find_spec("libtpu") is None:
             raise ImportError(
                 "compiling for a TPU that is not here needs its compiler, libtpu, of the version "
                 f"that fits JAX {jax.__version__}: pip install 'ldm_jax[tpu]'"
