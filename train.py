@@ -9,6 +9,7 @@ compiles the step for a pod that is not there, and says what it would need.
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,10 @@ def _train(config, workdir, preempted):
         shapes = cache.latent_shape, cache.embedding_shape
         return training.create_train_state(key, network, optimizer, *shapes)
 
-    target = sharding.place_shapes(mesh, jax.eval_shape(create_state, init_key))
-    state = checkpoint.restore_checkpoint(manager, target, meta)
+    shapes = jax.eval_shape(create_state, init_key)
+    state = checkpoint.restore_checkpoint(manager, sharding.place_shapes(mesh, shapes), meta)
     if state is None:
-        shardings = jax.tree.map(lambda x: x.sharding, target)
+        shardings = sharding.get_shardings(mesh, shapes)
         state = jax.jit(create_state, out_shardings=shardings)(init_key)
     start = int(state.step)
     if leader:
@@ -114,7 +115,7 @@ def _train(config, workdir, preempted):
     captions = list(config.captions)
     labels = text_encoder(captions)
     seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
-    gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+    gather = jax.jit(partial(sharding.gather, mesh))
 
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
@@ -122,7 +123,7 @@ def _train(config, workdir, preempted):
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
         latents = jax.jit(scale.restore)(diffuser.reverse_diffusion(seeds, labels))
         if leader:
-            images = vae.decode(hosts.fetch(latents))
+            images = vae.decode(jax.device_get(latents))
             save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
             log.write_images(step, images, captions)
 
@@ -136,7 +137,7 @@ def _train(config, workdir, preempted):
         batches = feed.feed_batches(mesh, read_rows(0, "valid"), steps, config.batch_size)
         keys = [jax.random.fold_in(eval_key, k) for k in steps]
         losses = [eval_step(state, key, batch) for key, batch in zip(keys, batches)]
-        return float(np.mean([hosts.fetch(loss) for loss in losses]))
+        return float(np.mean(jax.device_get(losses)))
 
     def due(step, every):
         return step == config.steps or step % every == 0

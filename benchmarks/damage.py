@@ -247,7 +247,7 @@ def restore_damaged(copy: Path, old: int, new: int, states: dict, target, meta) 
     try:
         with checkpoint.open_checkpoints(copy / "checkpoints") as manager:
             restored = checkpoint.restore_checkpoint(manager, target, meta)
-    except Exception:
+    except records.DamagedError:
         return "refused"
     finally:
         logger.removeHandler(warnings)

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -57,8 +58,7 @@ def train(layout: str, parallelism: str, steps: int) -> dict[str, np.ndarray]:
     def create(key):
         return training.create_train_state(key, network, optimizer, (8, 8, 4), (6,))
 
-    target = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
-    shardings = jax.tree.map(lambda x: x.sharding, target)
+    shardings = sharding.get_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
     state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
     train_step = training.get_train_step(
         network, optimizer, LatentScale(2.0), mesh=mesh, parallelism=parallelism
@@ -66,10 +66,10 @@ def train(layout: str, parallelism: str, steps: int) -> dict[str, np.ndarray]:
     losses = []
     for batch in feed.feed_batches(mesh, read_rows, range(steps), BATCH):
         state, metrics = train_step(state, jax.random.key(0), batch)
-        losses.append(hosts.fetch(metrics["loss"]))
-    gather = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+        losses.append(jax.device_get(metrics["loss"]))
+    gather = jax.jit(partial(sharding.gather, mesh))
     leaves = jax.tree.leaves(gather((state.params, state.batch_stats)))
-    weights = np.concatenate([hosts.fetch(x).ravel() for x in leaves])
+    weights = np.concatenate([x.ravel() for x in jax.device_get(leaves)])
     return {"losses": np.array(losses), "weights": weights}
 
 

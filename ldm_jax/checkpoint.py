@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ldm_jax import records
+from ldm_jax import hosts, records
 from ldm_jax.models import check_meta
 from ldm_jax.records import RECORD_ITEM, STATE_ITEM, DamagedError
 from ldm_jax.training import TrainState
@@ -235,7 +235,7 @@ def _set_aside(manager: Checkpoints, faults: dict[int, str], outcome: str) -> No
     """Moves damaged checkpoints out of the way, and says so. They are evidence: none is deleted."""
     if not faults:
         return
-    if jax.process_index() == 0:
+    if hosts.is_leader():
         for step, fault in faults.items():
             parent = manager.directory.parent / "damaged"
             parent.mkdir(parents=True, exist_ok=True)

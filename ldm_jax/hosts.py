@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 CLUSTERS = ("auto", "slurm", "tpu", "none")
 CHECK = (
@@ -123,8 +124,6 @@ def check_agreement(**parts: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
     words = np.stack([_digest(value) for value in parts.values()])
     all_words = np.asarray(multihost_utils.process_allgather(words))  # (process, part, word)
     differs = np.any(all_words != all_words[0], axis=-1)
@@ -150,11 +149,6 @@ def describe_code(*doors: Path) -> dict[str, str]:
 def is_leader() -> bool:
     """Whether this process writes the logs and pictures."""
     return jax.process_index() == 0
-
-
-def fetch(array: jax.Array) -> np.ndarray:
-    """A replicated array's value, also where other hosts hold copies of it."""
-    return np.asarray(array.addressable_data(0))
 
 
 def _digest(value: Any) -> np.ndarray:

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax import hosts
 from ldm_jax.training import check_losses
 
 
@@ -70,7 +69,7 @@ class RunLog:
         Raises:
             FloatingPointError: if a loss is no longer a number.
         """
-        fetched = [jax.tree.map(hosts.fetch, metrics) for metrics in self._metrics]
+        fetched = jax.device_get(self._metrics)
         if not fetched:
             return {}
         means = {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}

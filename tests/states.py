@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import models, training
+from ldm_jax import checkpoint, models, training
 from ldm_jax.latents import LatentScale
 from ldm_jax.unet import get_network
 
@@ -66,3 +66,11 @@ def target_of(state, sharding=None):
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding or x.sharding), state
     )
+
+
+def save_run(folder, state, losses):
+    """A run's folder with a checkpoint of the state at each step, with its held-out loss."""
+    with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
+        for step, loss in losses.items():
+            checkpoint.save_checkpoint(manager, at_step(state, step), create_meta(), loss)
+    return folder

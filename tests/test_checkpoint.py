@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from states import FIELDS, at_step, create_meta, create_small_state, create_state, target_of
+from states import (
+    FIELDS,
+    at_step,
+    create_meta,
+    create_small_state,
+    create_state,
+    save_run,
+    target_of,
+)
 
 from benchmarks.processes import run_processes
 from ldm_jax import checkpoint, training
@@ -27,11 +35,7 @@ def state():
 @pytest.fixture(scope="module")
 def run_folder(state, tmp_path_factory):
     """A run's folder with checkpoints of the steps 5 and 7."""
-    folder = tmp_path_factory.mktemp("run")
-    with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
-        for step in (5, 7):
-            checkpoint.save_checkpoint(manager, at_step(state, step), create_meta(), 0.5)
-    return folder
+    return save_run(tmp_path_factory.mktemp("run"), state, {5: 0.5, 7: 0.5})
 
 
 @pytest.fixture

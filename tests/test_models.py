@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorstore
 from safetensors.numpy import load_file
-from states import FIELDS, SCALE, at_step, create_meta, create_state
+from states import FIELDS, SCALE, at_step, create_meta, create_state, save_run
 
 from ldm_jax import checkpoint, models
 from ldm_jax.latents import LatentScale
@@ -26,11 +26,7 @@ def state():
 @pytest.fixture(scope="module")
 def run_folder(state, tmp_path_factory):
     """Checkpoints of the steps 3, 5 and 7; the one of step 3 is the best."""
-    folder = tmp_path_factory.mktemp("run")
-    with checkpoint.open_checkpoints(folder / "checkpoints") as manager:
-        for step, loss in [(3, 0.1), (5, 0.3), (7, 0.2)]:
-            checkpoint.save_checkpoint(manager, at_step(state, step), create_meta(), loss)
-    return folder
+    return save_run(tmp_path_factory.mktemp("run"), state, {3: 0.1, 5: 0.3, 7: 0.2})
 
 
 def test_another_vae_or_scale_is_refused():

@@ -55,8 +55,7 @@ class Run:
 
         shardings = None
         if mesh is not None:
-            target = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
-            shardings = jax.tree.map(lambda x: x.sharding, target)
+            shardings = sharding.get_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
         state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
         # The last layer starts at zero, which would keep all others still.
         state.params["conv_out"]["kernel"] += 0.1
