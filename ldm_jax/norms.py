@@ -5,6 +5,7 @@ it is spread over: a batch norm's statistics are then those of the whole batch, 
 dropout is the same on any number of devices.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 NORMS = ("batch", "group")
 GROUP_SIZE = 16
+REDUCTION_GROUPS = 128
 
 
 def get_norm(
@@ -53,9 +55,7 @@ class BatchNorm(nn.Module):
     """(x - mean) / sqrt(var + epsilon) scale + bias, by the statistics of the whole batch.
 
     Ioffe & Szegedy 2015, algorithm 1. linen's layer averages the means of the devices, which is
-    wrong where a mask leaves each another number of positions; this one adds sums and counts. The
-    statistics take two passes, as the literal form has them: E[x^2] - E[x]^2 loses digits in
-    float32.
+    wrong where a mask leaves each another number of positions; this one adds sums and counts.
     """
 
     use_running_average: bool = True
@@ -74,42 +74,116 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
+        bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
         if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
+            factor = jax.lax.rsqrt(running_var.value + self.epsilon)
+            y = _affine(x, running_mean.value, factor, scale, bias)
         else:
-            mean, var = self._statistics(x.astype(jnp.float32), mask)
+            axis_name = None if self.is_initializing() else self.axis_name
+            y, mean, var = normalise(x, scale, bias, mask, self.epsilon, axis_name)
             if not self.is_initializing():
                 for running, new in ((running_mean, mean), (running_var, var)):
+                    new = jax.lax.stop_gradient(new)
                     running.value = self.momentum * running.value + (1 - self.momentum) * new
-
-        def per_channel(v):
-            return v.reshape((1,) * (x.ndim - 1) + shape)
-
-        factor = jax.lax.rsqrt(var + self.epsilon)
-        if self.use_scale:
-            factor = factor * self.param("scale", nn.initializers.ones, shape)
-        y = (x - per_channel(mean)) * per_channel(factor)
-        if self.use_bias:
-            y = y + per_channel(self.param("bias", nn.initializers.zeros, shape))
         return y.astype(self.dtype)
 
-    def _statistics(self, x, mask):
-        """Mean and variance (c,) over all samples and positions that count, on all devices."""
-        axes = tuple(range(x.ndim - 1))
-        spread = self.axis_name is not None and not self.is_initializing()
 
-        def total(values):
-            sums = jnp.sum(values, axes)
-            return jax.lax.psum(sums, self.axis_name) if spread else sums
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def normalise(
+    x: Float[Array, "b *n c"],
+    scale: Float[Array, " c"] | None,
+    bias: Float[Array, " c"] | None,
+    mask: Bool[Array, "b *n 1"] | None,
+    epsilon: float,
+    axis_name: Any,
+) -> tuple[Float[Array, "b *n c"], Float[Array, " c"], Float[Array, " c"]]:
+    """y, mean and variance of a batch norm; gradients flow through y alone.
 
-        if mask is None:
-            mask, count = True, x.size // x.shape[-1]
-            count = count * jax.lax.axis_size(self.axis_name) if spread else count
-        else:
-            count = total(jnp.broadcast_to(mask, (*x.shape[:-1], 1)).astype(jnp.float32))
-        mean = total(jnp.where(mask, x, 0)) / count
-        centred = jnp.where(mask, x - mean.reshape((1,) * len(axes) + (-1,)), 0)
-        return mean, total(jnp.square(centred)) / count
+    The gradient is written out, with v = x normalised, N positions, and sums over all devices:
+
+        dL/dx = scale / sqrt(var + epsilon) (dL/dy - (sum dL/dy + v sum v dL/dy) / N)
+
+    Forward and backward each read the map twice, once for two sums and once for the result, and
+    keep nothing but x. Derived by JAX, the float32 intermediates are written and read as well; that
+    costs a tenth of a training step.
+    """
+    return _normalise(x, scale, bias, mask, epsilon, axis_name)[0]
+
+
+def _normalise(x, scale, bias, mask, epsilon, axis_name):
+    mean, var, count = _statistics(x, mask, axis_name)
+    factor = jax.lax.rsqrt(var + epsilon)
+    y = _affine(x, mean, factor, scale, bias).astype(x.dtype)
+    return (y, mean, var), (x, scale, bias, mask, mean, factor, count)
+
+
+def _normalise_backward(epsilon, axis_name, saved, cotangents):
+    x, scale, bias, mask, mean, factor, count = saved
+    dy = cotangents[0].astype(jnp.float32)
+    normalised = _affine(x, mean, factor)
+    sum_dy, sum_v_dy = _column_sums(dy, normalised * dy)
+    d_scale = None if scale is None else sum_v_dy
+    d_bias = None if bias is None else sum_dy
+    if axis_name is not None:
+        sum_dy, sum_v_dy = jax.lax.psum((sum_dy, sum_v_dy), axis_name)
+    through_statistics = _affine(normalised, 0.0, sum_v_dy / count, None, sum_dy / count)
+    if mask is not None:
+        through_statistics = jnp.where(mask, through_statistics, 0)
+    dx = (dy - through_statistics) * _last_axis(x, factor if scale is None else factor * scale)
+    return dx.astype(x.dtype), d_scale, d_bias, None
+
+
+normalise.defvjp(_normalise, _normalise_backward)
+
+
+def _affine(x, mean, factor, scale=None, bias=None):
+    """(x - mean) factor scale + bias, in float32."""
+    factor = factor if scale is None else factor * scale
+    y = (x.astype(jnp.float32) - _last_axis(x, mean)) * _last_axis(x, factor)
+    return y if bias is None else y + _last_axis(x, bias)
+
+
+def _last_axis(x, v):
+    """A number for each channel of x."""
+    return jnp.reshape(v, (1,) * (x.ndim - 1) + (-1,))
+
+
+def _statistics(x, mask, axis_name):
+    """Mean and variance (c,), and the number of positions that count, on all devices.
+
+    In one pass: the sums are those of the distances from one position's values, since
+    E[x^2] - E[x]^2 itself loses digits where the mean is large. Devices are then put together by
+    the formula of Chan et al. 1979.
+    """
+    shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
+    distance = x.astype(jnp.float32) - _last_axis(x, shift)
+    count = x.size // x.shape[-1]
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
+        distance, count = jnp.where(mask, distance, 0), jnp.sum(mask).astype(jnp.float32)
+    total, squares = _column_sums(distance, jnp.square(distance))
+    mean = shift + total / count
+    deviations = squares - total * (total / count)
+    if axis_name is not None:
+        here = count
+        count = jax.lax.psum(count, axis_name)
+        whole_mean = jax.lax.psum(here * mean, axis_name) / count
+        deviations = jax.lax.psum(deviations + here * jnp.square(mean - whole_mean), axis_name)
+        mean = whole_mean
+    return mean, jnp.maximum(deviations, 0) / count, count
+
+
+def _column_sums(*maps):
+    """Sums over all axes but the last, in two stages.
+
+    XLA leaves a column sum that it merges with an elementwise result to a few blocks of threads,
+    which takes ten times as long on maps of 4 x 4. The barrier keeps the stages apart.
+    """
+    channels = maps[0].shape[-1]
+    groups = math.gcd(maps[0].size // channels, REDUCTION_GROUPS)
+    parts = [jnp.sum(x.reshape(groups, -1, channels), axis=1) for x in maps]
+    return [jnp.sum(part, axis=0) for part in jax.lax.optimization_barrier(parts)]
 
 
 class Dropout(nn.Module):

@@ -1,6 +1,7 @@
 """Reverse diffusion: noise to start from, text embeddings => clean latents, in one `lax.scan`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ldm_jax import folding
 from ldm_jax.noising import SignalRule
 
 SCHEDULES = ("cube_root", "angle")
@@ -49,10 +51,18 @@ def dynamic_thresholding(
         img: estimates of clean latents, any number of axes after the first.
         perc: in [0, 100].
     """
-    axes = tuple(range(1, img.ndim))
-    s = jnp.percentile(jnp.abs(img), perc, axis=axes, keepdims=True)
-    s = jnp.maximum(s, 1.0)
+    s = jnp.maximum(_percentile(jnp.abs(img).reshape(len(img), -1), perc), 1.0)
+    s = s.reshape((-1,) + (1,) * (img.ndim - 1))
     return jnp.clip(img, -s, s) / s
+
+
+def _percentile(x: Float[Array, "b n"], perc: float) -> Float[Array, " b"]:
+    """jnp.percentile of each row, from its few largest numbers alone: no row is sorted."""
+    place = perc / 100 * (x.shape[1] - 1)
+    below = math.floor(place)
+    largest, _ = jax.lax.top_k(x, x.shape[1] - below)
+    low, high = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
+    return low + (place - below) * (high - low)
 
 
 def sample_seeds(
@@ -98,6 +108,44 @@ class Denoiser:
     def __call__(self, x_t, noise_levels, labels):
         return self.network.apply(self.variables, x_t, noise_levels, labels)
 
+    def prepare(self, labels: Float[Array, "k n *t e"]) -> Callable:
+        """What `get_estimator` returns, with all that a loop over noise levels can share done."""
+        if folding.can_fold(self.network, labels):
+            return folding.get_estimator(self.network, self.variables, labels)
+        return _batch(Denoiser(self.network, self._in_compute_dtype()), labels)
+
+    def _in_compute_dtype(self):
+        """Kernels in the dtype that they are used in: they are rounded once, not at each step."""
+        dtype = self.network.dtype
+
+        def convert(path, x):
+            used = x.ndim > 1 and path[1].key != "conv_out"
+            return x.astype(dtype) if used else x
+
+        return jax.tree_util.tree_map_with_path(convert, self.variables)
+
+
+def get_estimator(denoiser: Callable, labels: Float[Array, "k n *t e"]) -> Callable:
+    """estimate(x_t (n, h, w, c), noise_level ()) -> estimates of x_0 (k, n, h, w, c).
+
+    One for each of k sets of labels, by the denoiser's own `prepare` if it has one.
+    """
+    return denoiser.prepare(labels) if hasattr(denoiser, "prepare") else _batch(denoiser, labels)
+
+
+def _batch(denoiser, labels):
+    """All sets of labels go through the network as one batch of k n."""
+    k, n = labels.shape[:2]
+
+    def estimate(x_t, noise_level):
+        noise_levels = jnp.full((k * n,), noise_level, x_t.dtype)
+        x_zero = denoiser(
+            jnp.concatenate([x_t] * k), noise_levels, labels.reshape(-1, *labels.shape[2:])
+        )
+        return x_zero.reshape(k, *x_t.shape)
+
+    return estimate
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -136,21 +184,19 @@ class Diffuser:
     ) -> Float[Array, "n h w c"]:
         """The guided, thresholded estimate of the clean latents, w text + (1 - w) none.
 
-        Text and no text (zeros) go through the network as one batch of 2n.
-
         Args:
             x_t: noisy latents.
             labels: text embeddings.
             noise_level: a, the same for all samples.
         """
-        n = x_t.shape[0]
-        noise_levels = jnp.full((2 * n,), noise_level, x_t.dtype)
-        both = self.denoiser(
-            jnp.concatenate([x_t, x_t]),
-            noise_levels,
-            jnp.concatenate([labels, jnp.zeros_like(labels)]),
-        )
-        with_text, without = both[:n], both[n:]
+        return self._guide(self._get_estimator(labels), x_t, noise_level)
+
+    def _get_estimator(self, labels):
+        """Estimates with the text and without it."""
+        return get_estimator(self.denoiser, jnp.stack([labels, jnp.zeros_like(labels)]))
+
+    def _guide(self, estimate, x_t, noise_level):
+        with_text, without = estimate(x_t, noise_level)
         w = self.class_guidance
         return dynamic_thresholding(w * with_text + (1 - w) * without, self.perc)
 
@@ -170,11 +216,12 @@ class Diffuser:
         if seeds.shape[0] != labels.shape[0]:
             raise ValueError(f"got {seeds.shape[0]} seeds for {labels.shape[0]} labels")
         levels = jnp.asarray(get_noise_levels(self.diffusion_steps, self.schedule))
+        estimate = self._get_estimator(labels)
 
         def step(carry, pair):
             x_t, _ = carry  # noisy latents at the level, the latest estimate of x_0
             level, next_level = pair
-            x_zero = self.predict_x_zero(x_t, labels, level)
+            x_zero = self._guide(estimate, x_t, level)
             return (self.rule.update(x_t, x_zero, level, next_level), x_zero), None
 
         start = (seeds, jnp.zeros_like(seeds))

@@ -240,6 +240,8 @@ def get_train_step(
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
         step_key = jax.random.fold_in(rng, state.step)
         (loss, batch_stats), grads = get_gradients(state.params, state.batch_stats, step_key, batch)
+        # Without it XLA turns the moments, not the gradients, to the layout of the convolutions.
+        grads = jax.lax.optimization_barrier(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))

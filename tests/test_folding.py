@@ -1,0 +1,105 @@
+"""A folded network estimates what the network itself does."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import folding, sampler
+from ldm_jax.unet import get_network
+
+FIELDS = {
+    "latent_image_size": 16,
+    "widths": (16, 24, 32, 40),
+    "block_depth": 2,
+    "emb_size": 12,
+}
+
+
+def create_variables(network, seed=0):
+    """Variables as training leaves them: no statistic, scale, bias or last kernel is trivial."""
+    variables = network.init(
+        jax.random.key(seed), jnp.zeros((1, 16, 16, 4)), jnp.zeros(1), jnp.ones((1, 12))
+    )
+    rng = np.random.default_rng(seed)
+
+    def train(path, x):
+        name, noise = path[-1].key, rng.normal(size=x.shape).astype(np.float32)
+        if name in ("var", "scale"):  # Small scales: unscaled attention soon turns chaotic.
+            return jnp.exp(0.3 * noise) * (0.5 if name == "scale" else 1.0)
+        if name in ("mean", "bias"):
+            return jnp.asarray(0.3 * noise)
+        return 0.1 * noise if path[1].key == "conv_out" else x
+
+    return jax.tree_util.tree_map_with_path(train, variables)
+
+
+def draw_inputs(samples=3, tokens=()):
+    rng = np.random.default_rng(1)
+    x_t = jnp.asarray(rng.normal(size=(samples, 16, 16, 4)), jnp.float32)
+    text = jnp.asarray(rng.normal(size=(samples, *tokens, 12)), jnp.float32)
+    return x_t, jnp.stack([text, jnp.zeros_like(text)])
+
+
+def estimate_plainly(network, variables, x_t, labels, level):
+    """Of each set of labels, by the network as it is."""
+    levels = jnp.full(len(x_t), level)
+    return jnp.stack([network.apply(variables, x_t, levels, text) for text in labels])
+
+
+def distance(found, expected):
+    return float(jnp.linalg.norm((found - expected).ravel()) / jnp.linalg.norm(expected.ravel()))
+
+
+@pytest.mark.parametrize("rows", [0, 10**6])
+@pytest.mark.parametrize("tokens", [(), (1,)])
+def test_folded_network_equals_the_network(monkeypatch, rows, tokens):
+    monkeypatch.setattr(folding, "MATRIX_ROWS", rows)  # Convolutions, then products.
+    network = get_network(**FIELDS)
+    variables = create_variables(network)
+    x_t, labels = draw_inputs(tokens=tokens)
+    assert folding.can_fold(network, labels)
+    estimate = folding.get_estimator(network, variables, labels)
+    found = jax.jit(estimate)(x_t, 0.4)
+    chex.assert_shape(found, (2, 3, 16, 16, 4))
+    assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
+
+
+def test_folding_in_bfloat16_is_as_close_to_float32_as_the_network_in_bfloat16():
+    network, exact = get_network(**FIELDS, dtype="bfloat16"), get_network(**FIELDS)
+    variables = create_variables(exact)
+    x_t, labels = draw_inputs()
+    expected = estimate_plainly(exact, variables, x_t, labels, 0.4)
+    folded = folding.get_estimator(network, variables, labels)(x_t, 0.4)
+    plain = estimate_plainly(network, variables, x_t, labels, 0.4)
+    assert distance(folded, expected) < 1.2 * distance(plain, expected) < 0.03
+
+
+def test_pictures_are_those_of_the_network_that_is_not_folded():
+    network = get_network(**FIELDS)
+    denoiser = sampler.Denoiser(network, create_variables(network))
+    x_t, labels = draw_inputs()
+    folded = sampler.get_diffuser(denoiser, diffusion_steps=6)
+    plain = sampler.get_diffuser(jax.tree_util.Partial(denoiser), diffusion_steps=6)
+    found = folded.reverse_diffusion(x_t, labels[0])
+    assert distance(found, plain.reverse_diffusion(x_t, labels[0])) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "fields, tokens",
+    [({"norm": "group"}, ()), ({"heads": 2}, ()), ({"scaled": True}, ()), ({}, (2,))],
+)
+def test_other_networks_are_run_as_they_are(fields, tokens):
+    widths = (16, 32) if "norm" in fields else (16, 24, 32, 40)
+    fields = FIELDS | {"widths": widths, "noise_emb_dim": 16, "text_features": 16} | fields
+    fields |= {"key_fraction": 4}
+    network = get_network(**fields)
+    variables = network.init(
+        jax.random.key(0), jnp.zeros((1, 16, 16, 4)), jnp.zeros(1), jnp.ones((1, *tokens, 12))
+    )
+    x_t, labels = draw_inputs(tokens=tokens)
+    assert not folding.can_fold(network, labels)
+    found = sampler.Denoiser(network, variables).prepare(labels)(x_t, 0.4)
+    expected = estimate_plainly(network, variables, x_t, labels, 0.4)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
