@@ -1,10 +1,12 @@
 """Steps on a device => a trace in a folder, and a table of where the device's time went."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from tqdm import tqdm
 
 TRACE = "*.xplane.pb"
 
@@ -15,6 +17,75 @@ class Kernel(NamedTuple):
     name: str
     count: int
     seconds: float
+
+
+class StepWindow:
+    """Traces a few steps of a run, waiting for the device only before and after them.
+
+    Use it in `with`; tell it of each step, `before` and `after`. When the last of its steps is
+    done, or the run ends before, it says where the trace is and what took the time.
+
+    Args:
+        steps: "20:5" for the five steps from the 20th on, "" for none.
+        folder: gets the trace.
+
+    Raises:
+        ValueError: for steps in another form.
+    """
+
+    def __init__(self, steps: str, folder: str | Path):
+        self._first, self._count = parse_steps(steps) if steps else (0, 0)
+        self._folder = Path(folder)
+        self._traced = 0
+        self._open = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._open:
+            self._close()
+        elif self._count and not self._traced:
+            tqdm.write(f"no trace: the run took no step {self._first}")
+
+    def before(self, step: int, state: Any) -> None:
+        """`state` is what the step starts from."""
+        if self._count and step == self._first:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._open = True
+
+    def after(self, state: Any) -> None:
+        """`state` is what a step gave."""
+        if self._open:
+            self._traced += 1
+            if self._traced == self._count:
+                jax.block_until_ready(state)
+                self._close()
+
+    def _close(self):
+        self._open = False
+        jax.profiler.stop_trace()
+        last = self._first + self._traced - 1
+        tqdm.write(
+            f"traced the steps {self._first} to {last} into {self._folder}: look at it with "
+            f"`pip install xprof; xprof {self._folder}`, or give its trace.json.gz to "
+            "https://ui.perfetto.dev\n"
+            + describe(summarise_trace(self._folder), max(self._traced, 1))
+        )
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """First step and number of steps of "20:5".
+
+    Raises:
+        ValueError: for another form, or numbers below 1.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    first, count = map(int, found.groups()) if found else (0, 0)
+    if first < 1 or count < 1:
+        raise ValueError(f"profile must look like 20:5 (five steps from the 20th on), got {text!r}")
+    return first, count
 
 
 def profile_calls(run: Callable[[], Any], folder: str | Path, calls: int = 1) -> Any:
@@ -82,9 +153,9 @@ def describe(kernels: list[Kernel], steps: int = 1, rows: int = 12) -> str:
     shown = kernels[:rows] + ([add_up(f"{len(rest)} others", rest)] if rest else []) + [total]
     lines = [f"{'ms a step':>10}  {'share':>6}  {'runs a step':>11}  kernel"]
     lines += [
-        f"{1e3 * seconds / steps:10.3f}  {seconds / (total.seconds or 1):6.1%}  {count / steps:11.1f}  "
-        + (name if len(name) <= 60 else name[:57] + "...")
-        for name, count, seconds in shown
+        f"{1e3 * k.seconds / steps:10.3f}  {k.seconds / (total.seconds or 1):6.1%}  "
+        f"{k.count / steps:11.1f}  {k.name if len(k.name) <= 60 else k.name[:57] + '...'}"
+        for k in shown
     ]
     return "\n".join(lines)
 

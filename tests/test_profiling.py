@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ldm_jax.profiling import Kernel, describe, profile_calls, summarise_trace
+from ldm_jax.profiling import Kernel, StepWindow, describe, profile_calls, summarise_trace
 
 
 def write_trace(path, planes):
@@ -86,3 +86,37 @@ def test_a_folder_without_traces_and_no_calls_are_refused(tmp_path):
         summarise_trace(tmp_path)
     with pytest.raises(ValueError, match="calls must be at least 1, got 0"):
         profile_calls(lambda: None, tmp_path, calls=0)
+
+
+def run_window(steps, folder, last=6):
+    state, traced = jnp.zeros(()), []
+    with StepWindow(steps, folder) as window:
+        for step in range(1, last + 1):
+            window.before(step, state)
+            traced += [step] if window._open else []
+            state = state + 1
+            window.after(state)
+    return traced
+
+
+def test_a_window_of_steps_is_traced_and_said(tmp_path, capsys):
+    assert run_window("3:2", tmp_path) == [3, 4]
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"traced the steps 3 to 4 into {tmp_path}: look at it with")
+    assert "no device plane" in said
+
+
+def test_a_window_that_the_run_cuts_short_or_misses_is_said(tmp_path, capsys):
+    assert run_window("6:5", tmp_path) == [6]
+    assert capsys.readouterr().out.startswith("traced the steps 6 to 6")
+    assert run_window("7:1", tmp_path / "none") == []
+    assert capsys.readouterr().out == "no trace: the run took no step 7\n"
+    assert run_window("", tmp_path / "none") == [] and not (tmp_path / "none").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("steps", ["20", "20:", "0:5", "20:0", "-1:5", "a:b"])
+def test_windows_in_another_form_are_refused(steps, tmp_path):
+    with pytest.raises(ValueError, match="profile must look like 20:5"):
+        StepWindow(steps, tmp_path)
