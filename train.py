@@ -20,6 +20,7 @@ from ml_collections import config_flags
 
 from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
 from ldm_jax.chips import parse_target
+from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
@@ -232,6 +233,7 @@ def main(argv):
         if not f.workdir:
             raise app.UsageError("--workdir must name the folder of the run")
         print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
+        print(keep_compiled(), flush=True)
         train(f.config, f.workdir, f.profile)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
