@@ -47,6 +47,7 @@ def get_config():
     config.network.noise_emb_dim = 32
     config.network.text_features = 256
     config.network.dtype = "float32"
+    config.network.remat = False  # less memory for more arithmetic
 
     config.noising = ConfigDict()
     config.noising.mixture = "variance_preserving"
