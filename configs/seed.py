@@ -63,6 +63,7 @@ def get_config():
     config.training = ConfigDict()
     config.training.label_dropout = 0.15
     config.training.ema_decay = 0.999
+    config.training.accumulate = 1  # parts of a device's batch, one after the other
 
     config.sampling = ConfigDict()
     config.sampling.class_guidance = 4.0
