@@ -22,6 +22,7 @@ from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sh
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
+from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_grid
@@ -151,7 +152,9 @@ def _train(config, workdir, profile, preempted):
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
     stop = preempted(start)
-    log = RunLog(workdir, config.steps, start, config.batch_size, leader)
+    forward = count_flops(network, cache.latent_shape, cache.embedding_shape)
+    at_peak = get_images_at_peak(forward, list(mesh.devices.flat))
+    log = RunLog(workdir, config.steps, start, config.batch_size, leader, at_peak)
     with manager, log, window:
         for step in range(start + 1, config.steps + 1):
             if stop:
