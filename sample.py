@@ -14,6 +14,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from ldm_jax import models, sampler
+from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.plotting import save_grid, save_png
 from ldm_jax.text import check_prompt, load_text_encoder
@@ -98,6 +99,7 @@ def main(argv):
     f = flags.FLAGS
     if f.verbosity <= 0:
         logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
+    print(keep_compiled(), flush=True)
     try:
         paths = sample(
             f.prompt,

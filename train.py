@@ -20,17 +20,20 @@ from ml_collections import config_flags
 
 from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
 from ldm_jax.chips import parse_target
+from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
+from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_grid
 from ldm_jax.preemption import watch_preemption
+from ldm_jax.profiling import StepWindow
 from ldm_jax.runlog import RunLog
 from ldm_jax.text import load_text_encoder
 from ldm_jax.unet import get_network
 
 
-def train(config: Any, workdir: str | Path) -> training.TrainState:
+def train(config: Any, workdir: str | Path, profile: str = "") -> training.TrainState:
     """Runs `config` up to its last step, from the newest checkpoint in `workdir` if there is one.
 
     SIGTERM makes it save at the next step and return.
@@ -38,6 +41,7 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
     Args:
         config: with the keys that configs/seed.py declares.
         workdir: gets config.json, log.jsonl, checkpoints/, samples/ and tensorboard/.
+        profile: steps to trace into workdir/profile, "20:5" for five from the 20th on.
 
     Raises:
         FloatingPointError: when the loss is no longer a number.
@@ -45,12 +49,13 @@ def train(config: Any, workdir: str | Path) -> training.TrainState:
         OSError: if a checkpoint cannot be written, or none of those there is whole.
     """
     with watch_preemption() as preempted:
-        return _train(config, workdir, preempted)
+        return _train(config, workdir, profile, preempted)
 
 
-def _train(config, workdir, preempted):
+def _train(config, workdir, profile, preempted):
     workdir, leader = Path(workdir).expanduser(), hosts.is_leader()
     settings = config.to_dict()
+    window = StepWindow(profile if leader else "", workdir / "profile")
 
     # Encoders and data.
     vae, text_encoder = load_vae(config.encoders.vae), load_text_encoder(config.encoders.text)
@@ -147,14 +152,19 @@ def _train(config, workdir, preempted):
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
     stop = preempted(start)
-    with manager, RunLog(workdir, config.steps, start, config.batch_size, leader) as log:
+    forward = count_flops(network, cache.latent_shape, cache.embedding_shape)
+    at_peak = get_images_at_peak(forward, list(mesh.devices.flat))
+    log = RunLog(workdir, config.steps, start, config.batch_size, leader, at_peak)
+    with manager, log, window:
         for step in range(start + 1, config.steps + 1):
             if stop:
                 break
+            window.before(step, state)
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
             state, metrics = train_step(state, step_key, batch)
+            window.after(state)
             log.add_step(metrics, waited)
 
             stop = preempted(step) and step < config.steps
@@ -226,7 +236,8 @@ def main(argv):
         if not f.workdir:
             raise app.UsageError("--workdir must name the folder of the run")
         print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
-        train(f.config, f.workdir)
+        print(keep_compiled(), flush=True)
+        train(f.config, f.workdir, f.profile)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
         raise SystemExit(f"train.py: {error}") from error
@@ -239,6 +250,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("num_processes", None, "number of processes on all hosts")
     flags.DEFINE_integer("process_id", None, "number of this process, from 0")
     flags.DEFINE_enum("cluster", "auto", hosts.CLUSTERS, "what tells the three flags above")
+    flags.DEFINE_string("profile", "", "START:COUNT, steps to trace into workdir/profile")
     flags.DEFINE_string(
         "compile_for", "", "only say what a pod would need, e.g. v5e:16x16 or 8*h100"
     )

@@ -47,6 +47,7 @@ def get_config():
     config.network.noise_emb_dim = 32
     config.network.text_features = 256
     config.network.dtype = "float32"
+    config.network.remat = False  # less memory for more arithmetic
 
     config.noising = ConfigDict()
     config.noising.mixture = "variance_preserving"
@@ -62,6 +63,7 @@ def get_config():
     config.training = ConfigDict()
     config.training.label_dropout = 0.15
     config.training.ema_decay = 0.999
+    config.training.accumulate = 1  # parts of a device's batch, one after the other
 
     config.sampling = ConfigDict()
     config.sampling.class_guidance = 4.0

@@ -28,6 +28,18 @@ CHIPS = {
     "h200": Chip(989e12, 141e9, 4.80e12, 450e9, 50e9),
     "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
 }
+# Names of chips as JAX reports them. Slower ones of the same family (PCIe, NVL) are not these.
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+}
 GPUS_OF_A_HOST = 8
 LATENCY = 10e-6  # Seconds of a collective, however small.
 TARGET = re.compile(r"(?:(?P<count>\d+)\*?)?(?P<chip>[a-z]\w*)?(?::(?P<topology>\d+(?:x\d+)*))?")
@@ -73,6 +85,12 @@ def parse_target(text: str) -> Target:
     if size < 1:
         raise ValueError(needed)
     return Target(chip, topology, count if topology else 1, size)
+
+
+def get_peak(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device by the name that JAX reports; None if it is not known."""
+    name = DEVICE_KINDS.get(device_kind)
+    return CHIPS[name].flops if name else None
 
 
 def estimate_seconds(message: Message, target: Target) -> float:

@@ -23,6 +23,8 @@ from ldm_jax.sampler import Denoiser
 from ldm_jax.unet import get_network
 
 FORMAT_VERSION = 2
+# How the network is computed, not what it computes: a run may go on with others.
+COMPUTE_FIELDS = ("dtype", "remat")
 WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
 BUNDLED = Path(__file__).parent / "weights" / "emoji"
 
@@ -80,7 +82,7 @@ def create_meta(
 
 
 def check_meta(saved: dict, wanted: dict, where: str) -> None:
-    """Compares the architecture and the data's contract of two models.
+    """Compares the architecture and the data's contract of two models, COMPUTE_FIELDS aside.
 
     Raises:
         ValueError: names each field that differs, with both values; or for a newer format.
@@ -90,7 +92,8 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
     for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
         old, new = saved[part], wanted[part]
         if isinstance(old, dict) and isinstance(new, dict):
-            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            keys = sorted({*old, *new} - ({*COMPUTE_FIELDS} if part == "network" else set()))
+            keys = [k for k in keys if old.get(k) != new.get(k)]
             differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
         elif old != new:
             differences.append(f"{part} is {old} there, {new} here")

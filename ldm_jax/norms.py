@@ -6,6 +6,8 @@ dropout is the same on any number of devices.
 """
 
 import math
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -213,6 +215,20 @@ def sample_keys(rng: PRNGKeyArray, samples: int, axis_name: Any = None) -> PRNGK
 
 
 def batch_places(samples: int, axis_name: Any = None) -> Int[Array, " b"]:
-    """Places in the whole batch of the `samples` that this device holds."""
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * samples
-    return first + jnp.arange(samples)
+    """Places in the whole batch of the `samples` that this device holds, or works on just now."""
+    first, held = _microbatch.get() or (0, samples)
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    return device * held + first + jnp.arange(samples)
+
+
+@contextmanager
+def microbatch(first: Int[Array, ""], held: int):
+    """While tracing: the samples are those from `first` on, of the `held` of this device."""
+    token = _microbatch.set((first, held))
+    try:
+        yield
+    finally:
+        _microbatch.reset(token)
+
+
+_microbatch: ContextVar = ContextVar("microbatch", default=None)

@@ -25,9 +25,18 @@ class RunLog:
         start: steps that were taken before.
         batch_size: images of a step, for the throughput.
         writes: False on hosts that only look at the losses.
+        images_at_peak: images a second at the devices' peak, see flops.py, if that is known.
     """
 
-    def __init__(self, workdir: Path, steps: int, start: int, batch_size: int, writes: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        steps: int,
+        start: int,
+        batch_size: int,
+        writes: bool = True,
+        images_at_peak: float | None = None,
+    ):
         from tensorboardX import SummaryWriter
 
         self._path = workdir / "log.jsonl"
@@ -43,7 +52,7 @@ class RunLog:
             smoothing=0.05,
             disable=not writes,
         )
-        self._batch_size = batch_size
+        self._batch_size, self._images_at_peak = batch_size, images_at_peak
         self._shown: dict[str, float] = {}
         self._start_window()
 
@@ -64,7 +73,8 @@ class RunLog:
         """Averages the metrics since the last window; waits for the device.
 
         Returns:
-            The means, "images_per_second", and "waited_for_data", the share of the time.
+            The means, "images_per_second", "share_of_peak" if that is known, and
+            "waited_for_data", the share of the time.
 
         Raises:
             FloatingPointError: if a loss is no longer a number.
@@ -75,10 +85,10 @@ class RunLog:
         means = {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}
         seconds = time.perf_counter() - self._began
         check_losses(np.asarray([m["loss"] for m in fetched]), step)
-        figures = {
-            "images_per_second": len(fetched) * self._batch_size / seconds,
-            "waited_for_data": self._waited / seconds,
-        }
+        figures = {"images_per_second": len(fetched) * self._batch_size / seconds}
+        if self._images_at_peak:
+            figures["share_of_peak"] = figures["images_per_second"] / self._images_at_peak
+        figures["waited_for_data"] = self._waited / seconds
         self._start_window()
         return means | figures
 

@@ -122,7 +122,7 @@ def batch_axes(parallelism: str) -> tuple[str, ...]:
 
 
 def get_gradients(
-    loss_fn: Callable, mesh: Mesh, parallelism: str = "jit", reduce_dtype: str = "float32"
+    value_and_grad: Callable, mesh: Mesh, parallelism: str = "jit", reduce_dtype: str = "float32"
 ) -> Callable:
     """Spreads a loss and its gradient over a mesh, with the messages between devices written out.
 
@@ -131,8 +131,9 @@ def get_gradients(
     the network computes in, bfloat16, and splits convolutions by channels.
 
     Args:
-        loss_fn: (params, batch_stats, rng, batch) -> (loss, batch_stats), for the part of a batch
-            that one device holds; its statistics are the same on all, reduced over `batch_axes`.
+        value_and_grad: (params, batch_stats, rng, batch) -> ((loss, batch_stats), gradients), for
+            the part of a batch that one device holds; its statistics are the same on all, reduced
+            over `batch_axes`.
         mesh: of `get_mesh`.
         parallelism: "jit", or "pmap" to be called inside `compile_step`.
         reduce_dtype: in which gradients are added up, "float32" or "bfloat16". The second halves
@@ -154,7 +155,6 @@ def get_gradients(
 
     def on_device(specs, params, batch_stats, rng, batch):
         weights = jax.tree.map(partial(_gather, axes=axes), params, specs)
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, batch_stats), grads = value_and_grad(weights, batch_stats, rng, batch)
         mean = partial(_reduce_mean, axes=axes, devices=mesh.size, dtype=reduce_dtype)
         return (jax.lax.pmean(loss, axes), batch_stats), jax.tree.map(mean, grads, specs)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ldm_jax import sharding
+from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.latents import LatentScale, draw_latents
 from ldm_jax.noising import ForwardProcess, add_noise
 from ldm_jax.norms import sample_keys
@@ -199,6 +200,7 @@ def get_train_step(
     *,
     label_dropout: float = 0.15,
     ema_decay: float = 0.999,
+    accumulate: int = 1,
     mesh: Mesh | None = None,
     parallelism: str = "jit",
     reduce_dtype: str = "float32",
@@ -216,26 +218,26 @@ def get_train_step(
         process: forward process.
         label_dropout: probability of a text being replaced by zeros, "no text".
         ema_decay: of the averaged weights.
+        accumulate: parts that a device's batch is worked through in, see accumulation.py.
         mesh: over which state and batch are spread, see sharding.py; None leaves it to XLA.
         parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
         reduce_dtype: in which the devices add up gradients.
 
     Raises:
-        ValueError: for a label_dropout or an ema_decay outside [0, 1), and for a kind of
-            parallelism that does not exist or does not go with the mesh.
+        ValueError: for a label_dropout or an ema_decay outside [0, 1), an accumulate below 1, and
+            for a kind of parallelism that does not exist or does not go with the mesh.
     """
     for name, value in [("label_dropout", label_dropout), ("ema_decay", ema_decay)]:
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
     loss_options: dict[str, Any] = {"label_dropout": label_dropout, "train": True}
-    if mesh is None:
-        loss_fn = get_loss(network, scale, process, **loss_options)
-        get_gradients = jax.value_and_grad(loss_fn, has_aux=True)
-    else:
-        axes = sharding.batch_axes(parallelism)
-        network = network.clone(axis_name=axes)
-        loss_fn = get_loss(network, scale, process, **loss_options, axis_name=axes)
-        get_gradients = sharding.get_gradients(loss_fn, mesh, parallelism, reduce_dtype)
+    if mesh is not None:
+        loss_options["axis_name"] = sharding.batch_axes(parallelism)
+        network = network.clone(axis_name=loss_options["axis_name"])
+    loss_fn = get_loss(network, scale, process, **loss_options)
+    get_gradients = get_value_and_grad(loss_fn, accumulate)
+    if mesh is not None:
+        get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, reduce_dtype)
 
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
         step_key = jax.random.fold_in(rng, state.step)

@@ -11,6 +11,19 @@ from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
 from ldm_jax.norms import GROUP_SIZE, NORMS
 
 
+class RematUnit(Unit):
+    """A unit whose activations are computed again for its gradient instead of being kept.
+
+    Chen et al. 2016. Its variables, names and values are the unit's.
+    """
+
+    def __call__(self, x, cond, mask=None, *, train=False):
+        def run(unit, *inputs):
+            return Unit.__call__(unit, *inputs, train=train)
+
+        return nn.remat(run)(self, x, cond, mask)
+
+
 class UNet(nn.Module):
     """The denoiser; see `get_network` for its fields."""
 
@@ -27,6 +40,7 @@ class UNet(nn.Module):
     noise_emb_dim: int = 32
     text_features: int = 256
     dtype: Any = jnp.float32
+    remat: bool = False
     axis_name: Any = None  # set where the batch is spread over devices by hand, see norms.py
 
     @nn.compact
@@ -52,7 +66,7 @@ class UNet(nn.Module):
         """
         self._check(x_t, noise_levels, text_embeddings)
         unit = partial(
-            Unit,
+            RematUnit if self.remat else Unit,
             heads=self.heads,
             scaled=self.scaled,
             key_fraction=self.key_fraction,
@@ -130,6 +144,7 @@ def get_network(
     noise_emb_dim: int = 32,
     text_features: int = 256,
     dtype: Any = "float32",
+    remat: bool = False,
 ) -> UNet:
     """The UNet denoiser; with the default fields, the original's network.
 
@@ -148,6 +163,8 @@ def get_network(
         noise_emb_dim: width of the noise level's sinusoidal embedding.
         text_features: width to which text embeddings are projected.
         dtype: compute dtype, "float32" or "bfloat16". Weights are float32 either way.
+        remat: keep only the inputs of each unit for the gradient and compute the rest again: less
+            memory, more arithmetic, the same numbers and variables.
 
     Raises:
         ValueError: for sizes, widths or names that do not fit together.
@@ -195,4 +212,5 @@ def get_network(
         noise_emb_dim=noise_emb_dim,
         text_features=text_features,
         dtype=dtype,
+        remat=remat,
     )

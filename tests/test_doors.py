@@ -132,6 +132,12 @@ def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, capsys):
     assert [line["step"] for line in lines] == [5, 10, 13, 15, 20]
 
 
+def test_a_window_of_steps_is_traced_on_request(root, tmp_path, capsys):
+    train.train(get_config(root, steps=4, save_every=4), tmp_path, profile="2:2")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert f"traced the steps 2 to 3 into {tmp_path / 'profile'}" in capsys.readouterr().out
+
+
 def test_the_best_checkpoint_is_drawn_from_on_request(root, tmp_path):
     losses = {}
     for line in (root / "run" / "log.jsonl").read_text().splitlines():

@@ -102,6 +102,21 @@ def test_gpus_are_forecast_from_virtual_devices():
     assert "8 x h100, 8 devices, batch 64 (8 a device)" in text and "scaling efficiency" in text
 
 
+@pytest.mark.slow
+def test_a_batch_in_parts_takes_the_arithmetic_and_messages_of_the_whole_and_less_memory():
+    found = []
+    for accumulate in (1, 4):
+        config = tiny.get_config()
+        config.batch_size, config.training.accumulate = 64, accumulate
+        found.append(forecast_step(config, parse_target("2*h100"), (512,)))
+    whole, parts = found
+    assert abs(parts.flops / whole.flops - 1) < 0.1
+    # But for gradients that are zero, which the compiler sees outside a loop alone.
+    (one,), (other,) = parts.messages, whole.messages
+    assert one[:4] == other[:4] and abs(one.bytes / other.bytes - 1) < 1e-3
+    assert parts.peak_bytes < 0.5 * whole.peak_bytes
+
+
 def test_a_batch_that_cannot_be_split_is_refused():
     with pytest.raises(ValueError, match="divisible by the 8 devices, got 60"):
         forecast_step(get_config("data", 60), parse_target("8"), (512,))

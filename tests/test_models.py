@@ -37,6 +37,14 @@ def test_another_vae_or_scale_is_refused():
         models.check_meta(saved, create_meta(scale=LatentScale(1.0)), where)
 
 
+def test_how_a_network_is_computed_makes_no_other_model():
+    saved, fields = create_meta(), FIELDS | {"remat": True, "dtype": "bfloat16"}
+    models.check_meta(saved, create_meta(network=fields), "there")
+    models.check_meta(create_meta(network=fields), saved, "there")
+    with pytest.raises(ValueError, match="network.norm is None there, group here"):
+        models.check_meta(saved, create_meta(network=fields | {"norm": "group"}), "there")
+
+
 def test_a_run_of_a_newer_format_is_refused():
     with pytest.raises(ValueError, match="there has format version 99, this release reads up to 2"):
         models.check_meta(create_meta() | {"format_version": 99}, create_meta(), "there")

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from ldm_jax.runlog import RunLog, drop_later_lines
 
 
@@ -27,3 +29,12 @@ def test_a_log_that_goes_on_has_each_step_once(tmp_path):
                 log.write(step, {"loss": float(step)})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("at_peak", [None, 1e6])
+def test_the_share_of_the_peak_is_logged_where_it_is_known(tmp_path, at_peak):
+    with RunLog(tmp_path, 2, 0, batch_size=8, images_at_peak=at_peak) as log:
+        log.add_step({"loss": 1.0}, 0.0)
+        values = log.close_window(1)
+    expected = values["images_per_second"] / at_peak if at_peak else None
+    assert values.get("share_of_peak") == expected

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ldm_jax import sharding
+from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.feed import shard_batch
 from ldm_jax.latents import LatentScale
 from ldm_jax.sampler import Denoiser, get_diffuser, sample_seeds
@@ -155,7 +156,7 @@ def compiled_step(layout, reduce_dtype, dtype="bfloat16"):
         return jnp.mean(jnp.square(y.astype(jnp.float32))), batch_stats
 
     def gradients(params, batch):
-        run = sharding.get_gradients(loss_fn, mesh, reduce_dtype=reduce_dtype)
+        run = sharding.get_gradients(get_value_and_grad(loss_fn), mesh, reduce_dtype=reduce_dtype)
         return run(params, {}, jax.random.key(0), batch)
 
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=sharding.batch_sharding(mesh))
@@ -188,7 +189,7 @@ def test_a_sum_in_bfloat16_is_rounded_and_one_in_float32_is_not():
     x[0] = 100.0
     found = {}
     for dtype in ("float32", "bfloat16"):
-        run = jax.jit(sharding.get_gradients(loss_fn, mesh, reduce_dtype=dtype))
+        run = jax.jit(sharding.get_gradients(get_value_and_grad(loss_fn), mesh, reduce_dtype=dtype))
         batch = shard_batch(mesh, {"x": x})
         _, gradient = run({"w": jnp.zeros((1, 1))}, {}, jax.random.key(0), batch)
         found[dtype] = float(gradient["w"][0, 0])

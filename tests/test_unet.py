@@ -3,6 +3,7 @@
 import zlib
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ class Case:
         }
         inputs = self.inputs.values()
         self.shapes = jax.eval_shape(self.network.init, jax.random.key(0), *inputs)
-        self.params = jax.tree_util.tree_map_with_path(self.draw_leaf, self.shapes["params"])
+        self.params = self.draw_params(self.shapes["params"])
         self.apply = jax.jit(self.network.apply)
         self.train = jax.jit(partial(self.network.apply, train=True, mutable=["batch_stats"]))
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.shapes)
@@ -40,6 +41,9 @@ class Case:
             _, updates = self.train(self.variables, *inputs)
             statistics = jax.tree.map(lambda x: x / 0.01, updates["batch_stats"])
             self.variables["batch_stats"] = statistics
+
+    def draw_params(self, shapes):
+        return jax.tree_util.tree_map_with_path(self.draw_leaf, shapes)
 
     def draw_leaf(self, path, x):
         rng = np.random.default_rng(zlib.crc32(str(path).encode()))
@@ -213,3 +217,34 @@ def test_inputs_of_another_shape_or_dtype_are_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         case = get_case("batch")
         case.network.apply(case.variables, *(case.inputs | inputs).values())
+
+
+@pytest.mark.parametrize("norm, text_shape", [("batch", (12,)), ("group", (3, 12))])
+def test_remat_changes_neither_names_nor_values(norm, text_shape):
+    fields = SMALL | {"norm": norm, "heads": 2, "dropout": 0.2, "text_features": 32}
+    case = get_case("batch")
+    inputs = *list(case.inputs.values())[:2], draw(4, *text_shape, seed=1)
+
+    def derive(network):
+        variables = network.init(jax.random.key(0), *inputs)
+        params = case.draw_params(variables["params"])
+
+        def loss(params):
+            x_zero, updates = network.apply(
+                {**variables, "params": params},
+                *inputs,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(1)},
+            )
+            return jnp.mean(jnp.square(x_zero)), updates
+
+        found = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return found, str(jax.make_jaxpr(jax.grad(loss, has_aux=True))(params)).count("remat")
+
+    (expected, without), (found, units) = (
+        derive(get_network(**fields, remat=remat)) for remat in (False, True)
+    )
+    assert (without, units) == (0, 3)
+    # Running statistics move by one batch, not by two.
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
