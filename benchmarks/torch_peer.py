@@ -118,6 +118,7 @@ def make_sampler(
         if device.type == "cuda" and isinstance(module, nn.Conv2d | nn.Linear):
             module.to(torch.bfloat16)
     levels = torch.tensor(get_noise_levels(steps), device=device)
+    pairs = [pair.clone() for pair in levels.unfold(0, 2, 1)]
     fixed_seeds, fixed_text = draw_batch(model, num, device)
 
     def step(x: Tensor, text: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +134,9 @@ def make_sampler(
 
     @torch.no_grad()
     def sample(seeds: Tensor = fixed_seeds, text: Tensor = fixed_text) -> Tensor:
-        x, text = seeds, torch.cat([text, torch.zeros_like(text)])
-        for pair in levels.unfold(0, 2, 1):
+        text = torch.cat([text, torch.zeros_like(text)])
+        x = seeds.contiguous(memory_format=torch.channels_last)
+        for pair in pairs:
             torch.compiler.cudagraph_mark_step_begin()
             x, x_zero = step(x, text, pair)
             x = x.clone()  # As above.
@@ -149,6 +151,7 @@ def make_decoder(
     *,
     device: str | torch.device = "cuda",
     dtype: torch.dtype = torch.bfloat16,
+    memory_format: torch.memory_format = torch.channels_last,
     latent_image_size: int = 16,
     widths: tuple[int, ...] = (128, 256, 512, 512),
     layers: int = 2,
@@ -162,6 +165,7 @@ def make_decoder(
         mode: "eager", or "compile": one CUDA graph (mode="reduce-overhead").
         device: of the weights and the images.
         dtype: of weights and computation.
+        memory_format: of weights and maps; eager group norms on CUDA copy channels_last ones.
         latent_image_size: h = w.
         widths: channels of the VAE's stages.
         layers: residual blocks of a stage.
@@ -175,12 +179,13 @@ def make_decoder(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
     )
-    vae = vae.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    vae = nn.Module.to(vae, device, dtype, memory_format=memory_format)  # Its own would warn.
+    vae.eval().requires_grad_(False)
     prepare(vae, mode)
     fixed = torch.randn(num, 4, latent_image_size, latent_image_size, device=device)
 
     def decode_latents(latents: Tensor) -> Tensor:
-        latents = latents.to(dtype, memory_format=torch.channels_last)
+        latents = latents.to(dtype, memory_format=memory_format)
         images = vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
         return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 

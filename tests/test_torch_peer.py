@@ -58,12 +58,11 @@ class Case:
         drawn = {path: self.draw(rng, path, leaf.shape) for path, leaf in shapes.items()}
         gradient = jax.jit(jax.grad(self.loss, has_aux=True))
         self.start = unflatten_dict(drawn)
-        self.gradients, (self.trained_x_zero, self.trained) = gradient(
-            self.start["params"], self.start["batch_stats"]
-        )
+        params, batch_stats = self.start["params"], self.start["batch_stats"]
+        self.gradients, (self.trained_x_zero, self.trained) = gradient(params, batch_stats)
         # Running statistics within a fifth of the batch's own: the activations grow with others.
-        near = lambda new, old: (new - 0.99 * old) / 0.01 * rng.uniform(0.8, 1.2, old.shape)  # noqa: E731
-        statistics = jax.tree.map(near, self.trained, self.start["batch_stats"])
+        batch = jax.tree.map(lambda new, old: 100 * new - 99 * old, self.trained, batch_stats)
+        statistics = jax.tree.map(lambda x: x * rng.uniform(0.8, 1.2, x.shape), batch)
         self.variables = self.start | {"batch_stats": statistics}
         self.x_zero = jax.jit(self.network.apply)(self.variables, *self.inputs)
 
@@ -212,6 +211,26 @@ def test_a_training_step_learns_and_moves_the_average(model, monkeypatch):
     for x, new, old in zip(average, current, start, strict=True):
         torch.testing.assert_close(x, 0.999 * old + 0.001 * new)
     assert any((new != old).any() for new, old in zip(current, start))
+
+
+def test_compilation_makes_one_graph_of_a_step_and_changes_nothing(case, model, monkeypatch):
+    graphs, compile = [], torch.compile
+
+    def count(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, mode: compile(f, backend=count, fullgraph=True, dynamic=False)
+    )
+    inputs = to_nchw(case.x_t), torch.tensor(case.text)
+    expected = torch_peer.make_sampler(model, BATCH, steps=4)(*inputs)
+    latents = torch_peer.make_sampler(model, BATCH, "compile", steps=4)(*inputs)
+    torch.testing.assert_close(latents, expected)
+    assert len(graphs) == 1
+    step = torch_peer.make_train_step(model, 2, "compile")
+    assert np.isfinite([step().item() for _ in range(3)]).all()
+    assert len(graphs) == 2
 
 
 def test_the_decoder_gives_bytes_of_the_latents_size():
