@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from ldm_jax import models, sampler
 from ldm_jax.encoders import load_vae
-from ldm_jax.plotting import save_grid, save_png
+from ldm_jax.plotting import save_grid, save_pngs
 from ldm_jax.text import check_prompt, load_text_encoder
 
 
@@ -67,11 +67,11 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
-    paths = []
-    for i, (caption, picture_seed, image) in enumerate(zip(captions, picture_seeds, images)):
-        path = out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png"
-        save_png(path, image, {"prompt": caption, "seed": str(picture_seed), **described})
-        paths.append(path)
+    paths, metadata = [], []
+    for i, (caption, picture_seed) in enumerate(zip(captions, picture_seeds)):
+        paths.append(out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png")
+        metadata.append({"prompt": caption, "seed": str(picture_seed), **described})
+    save_pngs(paths, images, metadata)
     save_grid(out / "grid.png", images, captions, columns=num if num > 1 else min(8, len(captions)))
     return paths
 
