@@ -60,7 +60,7 @@ def sample(
     for i in range(0, len(captions), batch_size):
         part = slice(i, i + batch_size)
         latents = model.scale.restore(diffuser.reverse_diffusion(noise[part], labels[part]))
-        images.append(vae.decode(np.asarray(latents)))
+        images.append(vae.decode(np.asarray(latents), as_bytes=True))
     images = np.concatenate(images)
 
     out = Path(out).expanduser()
