@@ -2,9 +2,12 @@
 
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks.processes import run_processes
+from ldm_jax.plotting import read_png_metadata
 
 
 def run_benchmark(name, *arguments):
@@ -42,3 +45,23 @@ def test_compile_time_wants_an_empty_cache(tmp_path):
     (tmp_path / "entry").touch()
     with pytest.raises(AssertionError, match="the cache must be empty at first, got .*"):
         run_benchmark("compile_time", "--tiny", f"--cache={tmp_path}")
+
+
+@pytest.mark.slow
+def test_end_to_end_draws_pictures_and_times_each_stage(tmp_path):
+    output = run_benchmark("end_to_end", "--tiny", "--num=2", "--repeats=2", f"--out={tmp_path}")
+    assert output.startswith("2 pictures, median of 2; JAX on cpu, the VAE on cpu\n")
+    table = read_table(output)
+    assert list(table) == ["text", "sampling", "decoding", "PNG", "total"]
+    seconds = {stage: float(row["s"]) for stage, row in table.items()}
+    assert min(seconds.values()) > 0
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=1e-3)
+    shares = [float(row["share"].rstrip("%")) for row in table.values()]
+    assert sum(shares[:-1]) == pytest.approx(shares[-1], abs=0.3)
+    pictures = sorted(tmp_path.iterdir())
+    assert [path.name for path in pictures] == ["0000.png", "0001.png"]
+    pixels = [np.asarray(Image.open(path)) for path in pictures]
+    assert pixels[0].shape == (128, 128, 3) and pixels[0].std() > 1
+    assert (pixels[0] != pixels[1]).any()
+    text = "picture 1 of round 2, a red apple on a table"
+    assert read_png_metadata(pictures[1]) == {"prompt": text}
