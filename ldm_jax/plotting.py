@@ -9,6 +9,7 @@ import os
 import unicodedata
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,30 @@ def save_png(
     from PIL import Image
 
     _write_png(Path(path), Image.fromarray(_check_image(image)), metadata or {})
+
+
+def save_pngs(
+    paths: Sequence[str | Path],
+    images: Shaped[np.ndarray, "n H W 3"],
+    metadata: Sequence[Mapping[str, str]] | None = None,
+):
+    """`save_png` for each of n images, in threads: compression lets other threads run.
+
+    Args:
+        paths: of the files.
+        images: uint8, or floats in [-1, 1].
+        metadata: of each file.
+
+    Raises:
+        ValueError: as `save_png`, for the first image that cannot be written, and for other numbers
+            of paths or metadata than images.
+    """
+    metadata = [{}] * len(images) if metadata is None else metadata
+    if not len(paths) == len(metadata) == len(images):
+        got = f"{len(paths)} and {len(metadata)}"
+        raise ValueError(f"paths and metadata must be as many as images, {len(images)}, got {got}")
+    with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1) or 1) as pool:
+        list(pool.map(save_png, paths, images, metadata))  # The list raises what a thread raised.
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:

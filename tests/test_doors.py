@@ -193,6 +193,16 @@ def test_steps_and_guidance_override_the_checkpoint(root, tmp_path):
     assert np.abs(one - other).max() <= 1
 
 
+def test_decoding_in_bfloat16_changes_little(root, tmp_path):
+    options = {"checkpoint_folder": root / "run", "steps": 3}
+    exact, rounded = (
+        np.asarray(Image.open(sample.sample(["a cat"], tmp_path / d, vae_dtype=d, **options)[0]))
+        for d in ("float32", "bfloat16")
+    )
+    error = exact.astype(float) - rounded
+    assert 0 < np.sqrt(np.mean(error**2)) < 2  # of 255
+
+
 def test_a_pair_of_npy_files_is_trained_on(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "latents.npy", rng.normal(size=(64, 8, 8, 4)).astype(np.float32))

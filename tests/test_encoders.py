@@ -1,5 +1,6 @@
 """The VAE bridge, against diffusers called directly; no weights are downloaded."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm_jax import encoders
 from ldm_jax.encoders import VAE, decode_latents, load_vae
+from ldm_jax.plotting import to_uint8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -82,6 +84,20 @@ def test_decode_gives_the_images_of_diffusers_clipped(vae, model):
     assert images.shape == (3, 16, 24, 3) and images.dtype == np.float32
     assert np.abs(expected).max() > 1.1
     np.testing.assert_allclose(images, np.clip(expected, -1, 1), atol=1e-5)
+
+
+def test_bytes_are_those_of_the_images(vae):
+    latents = 30 * np.random.default_rng(1).standard_normal((5, 2, 3, 3)).astype(np.float32)
+    found = vae.decode(latents, batch_size=2, as_bytes=True)
+    chex.assert_type(found, np.uint8)
+    np.testing.assert_array_equal(found, to_uint8(vae.decode(latents, batch_size=2)))
+
+
+def test_images_with_nan_do_not_become_bytes(model):
+    broken = copy.deepcopy(model)
+    torch.nn.init.constant_(broken.decoder.conv_out.bias, float("nan"))
+    with pytest.raises(ValueError, match="must be finite to become bytes, got NaN"):
+        VAE("broken", broken).decode(np.zeros((1, 2, 2, 3), np.float32), as_bytes=True)
 
 
 def test_bytes_and_floats_of_the_same_picture_encode_alike(vae, images):

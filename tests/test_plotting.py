@@ -17,6 +17,7 @@ from ldm_jax.plotting import (
     read_png_metadata,
     save_grid,
     save_png,
+    save_pngs,
     to_uint8,
 )
 
@@ -86,6 +87,27 @@ def test_png_is_readable_by_the_others_and_needs_no_metadata(tmp_path):
     assert read_png_metadata(str(tmp_path / "a.png")) == {}
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "a.png")}
     assert len(modes) == 1
+
+
+def test_pngs_written_at_once_are_those_written_one_by_one(tmp_path):
+    images, texts = draw_bytes(9), [{"number": str(i)} for i in range(9)]
+    for i in range(9):
+        save_png(tmp_path / f"one/{i}.png", images[i], texts[i])
+    save_pngs([tmp_path / f"many/{i}.png" for i in range(9)], images, texts)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "many" / path.name).read_bytes()
+    save_pngs([tmp_path / "plain.png"], images[:1] / 127.5 - 1)
+    np.testing.assert_array_equal(read(tmp_path / "plain.png"), images[0])
+    save_pngs([], images[:0])
+
+
+def test_pngs_that_cannot_be_written_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="must be as many as images, 2, got 1 and 2"):
+        save_pngs([tmp_path / "a.png"], draw_bytes(2))
+    images = np.stack([np.zeros((4, 4, 3)), np.full((4, 4, 3), np.nan)])
+    with pytest.raises(ValueError, match="must be finite"):
+        save_pngs([tmp_path / "a.png", tmp_path / "b.png"], images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_failed_write_keeps_the_former_file(tmp_path, monkeypatch):

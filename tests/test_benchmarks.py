@@ -1,0 +1,67 @@
+"""The benchmarks at toy size: what they run and report; never how fast."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.processes import run_processes
+from ldm_jax.plotting import read_png_metadata
+
+
+def run_benchmark(name, *arguments):
+    """Output of a benchmark that ran as from the command line."""
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, arguments)]
+    [(code, output)] = run_processes([command], devices=1, timeout=240)
+    assert code == 0, output
+    return output
+
+
+def read_table(output):
+    """Markdown table => {first cell: {title: cell}}."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    titles, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {row[0]: dict(zip(titles[1:], row[1:], strict=True)) for row in rows}
+
+
+@pytest.mark.slow
+def test_compile_time_measures_a_cold_and_a_warm_process(tmp_path):
+    cache = tmp_path / "cache"
+    arguments = ("--tiny", "--batch_size=4", f"--cache={cache}")
+    table = read_table(run_benchmark("compile_time", *arguments))
+    assert list(table) == ["cold", "warm"]
+    for row in table.values():
+        seconds = {phase: float(cell) for phase, cell in row.items()}
+        assert list(seconds) == ["import", "set-up", "init", "first step", "total", "next step"]
+        assert all(seconds[phase] > 0 for phase in ("import", "init", "first step", "total"))
+        parts = ("import", "set-up", "init", "first step")
+        assert seconds["total"] == pytest.approx(sum(map(seconds.get, parts)), abs=0.03)
+    assert any("create_state" in path.name for path in cache.iterdir())
+
+
+@pytest.mark.slow
+def test_compile_time_wants_an_empty_cache(tmp_path):
+    (tmp_path / "entry").touch()
+    with pytest.raises(AssertionError, match="the cache must be empty at first, got .*"):
+        run_benchmark("compile_time", "--tiny", f"--cache={tmp_path}")
+
+
+@pytest.mark.slow
+def test_end_to_end_draws_pictures_and_times_each_stage(tmp_path):
+    output = run_benchmark("end_to_end", "--tiny", "--num=2", "--repeats=2", f"--out={tmp_path}")
+    assert output.startswith("2 pictures, median of 2; JAX on cpu, the VAE on cpu\n")
+    table = read_table(output)
+    assert list(table) == ["text", "sampling", "decoding", "PNG", "total"]
+    seconds = {stage: float(row["s"]) for stage, row in table.items()}
+    assert min(seconds.values()) > 0
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()), abs=1e-3)
+    shares = [float(row["share"].rstrip("%")) for row in table.values()]
+    assert sum(shares[:-1]) == pytest.approx(shares[-1], abs=0.3)
+    pictures = sorted(tmp_path.iterdir())
+    assert [path.name for path in pictures] == ["0000.png", "0001.png"]
+    pixels = [np.asarray(Image.open(path)) for path in pictures]
+    assert pixels[0].shape == (128, 128, 3) and pixels[0].std() > 1
+    assert (pixels[0] != pixels[1]).any()
+    text = "picture 1 of round 2, a red apple on a table"
+    assert read_png_metadata(pictures[1]) == {"prompt": text}
