@@ -1,0 +1,208 @@
+"""Calls on a device => seconds, kernels and memory of each, in the rows of a markdown table.
+
+What benchmarks/train_step.py, sampling.py and scaling.py measure with.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.profiling import Kernel, profile_calls, summarise_trace
+
+
+class Table:
+    """Prints rows as they come, and keeps them in a JSON file.
+
+    Args:
+        columns: titles, each with the format of its values.
+        path: of the file; "" for none.
+        append: go on with the rows of the file, without a header.
+    """
+
+    def __init__(self, columns: Mapping[str, str], path: str = "", append: bool = False):
+        self._columns, self._path = columns, Path(path) if path else None
+        if self._path and not append:
+            self._path.write_text("[]")
+        if not append:
+            rule = ("---" if kind == "" else "---:" for kind in columns.values())
+            print(f"| {' | '.join(columns)} |\n|{'|'.join(rule)}|", flush=True)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Values by title; "error", if there is one, stands in the place of those that lack."""
+        cells = [self._format(title, row.get(title)) for title in self._columns]
+        error = f" {row['error']}" if "error" in row else ""
+        print(f"| {' | '.join(cells)} |{error}", flush=True)
+        if self._path:
+            rows = json.loads(self._path.read_text()) if self._path.exists() else []
+            self._path.write_text(json.dumps([*rows, dict(row)], indent=1))
+
+    def attempt(self, about: Mapping[str, Any], work: Callable[..., Mapping], *args: Any) -> None:
+        """Adds the row work(*args), or its error.
+
+        The except is broad on purpose: a row that finds no memory, or whose compiler fails, must
+        not cost the rows after it.
+        """
+        try:
+            row = work(*args)
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        self.add({**about, **row})
+
+    def _format(self, title: str, value: Any) -> str:
+        return "-" if value is None else format(value, self._columns[title])
+
+
+def measure(
+    call: Callable[[], Any],
+    items: int,
+    repeats: int = 5,
+    calls: int = 10,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> dict[str, float]:
+    """Milliseconds of a call: median, lowest and highest of the rounds; and items a second.
+
+    Args:
+        call: starts work on the device; called once before.
+        items: of a call.
+        repeats: rounds.
+        calls: of a round, at whose end alone the device is waited for.
+        wait: given what the last call returned.
+    """
+    wait(call())
+    rounds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        wait(result)
+        rounds.append((time.perf_counter() - start) / calls)
+    median = statistics.median(rounds)
+    milliseconds = {"ms": median, "lowest": min(rounds), "highest": max(rounds)}
+    return {k: 1e3 * v for k, v in milliseconds.items()} | {"img/s": items / median}
+
+
+def matrix_peak(size: int = 8192) -> float:
+    """FLOP/s of a product of two bfloat16 matrices, the most that arithmetic can reach here."""
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
+    product = jax.jit(jnp.matmul)
+    return 2 * size**3 * measure(lambda: product(left, right), 1, 5, 20)["img/s"]
+
+
+def trace(call: Callable[[], Any], calls: int = 3) -> list[Kernel]:
+    """The kernels of `calls` calls, on all devices; none on a CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        profile_calls(call, folder, calls)
+        return summarise_trace(folder)
+
+
+def count_kernels(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """How many kernels a call runs, and for how long; nothing where it cannot be known."""
+    kernels = trace(call, calls)
+    return add_up(sum(k.count for k in kernels), sum(k.seconds for k in kernels), calls)
+
+
+def count_torch_kernels(call: Callable[[], Any], calls: int = 3) -> dict[str, float]:
+    """The same of a call of PyTorch's."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    on_device = [
+        event.time_range.elapsed_us() / 1e6
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)  # These hold kernels.
+    ]
+    return add_up(len(on_device), sum(on_device), calls)
+
+
+def add_up(count: int, seconds: float, calls: int) -> dict[str, float]:
+    """Kernels and busy milliseconds of one call, if there were any."""
+    return {"kernels": count / calls, "busy ms": 1e3 * seconds / calls} if count else {}
+
+
+def peak_memory() -> dict[str, float]:
+    """GB that the first device has held at once since the process started, compiling included."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"GB": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
+
+
+def program_memory(compiled: Any) -> dict[str, float]:
+    """GB that a program holds at once on a device, by the compiler's account."""
+    memory = compiled.memory_analysis()
+    size = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    size += memory.output_size_in_bytes - memory.alias_size_in_bytes  # The donated count once.
+    return {"program GB": size / 1e9}
+
+
+def compile_all(programs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Future]:
+    """Lowers programs one after the other and compiles them side by side.
+
+    Args:
+        programs: name => function that lowers.
+
+    Returns:
+        Name => future of the compiled program and its seconds. All are done; one that failed raises
+        its error when it is asked for.
+    """
+
+    def compile_timed(lowered):
+        start = time.perf_counter()
+        return lowered.compile(), time.perf_counter() - start
+
+    futures = {}
+    with ThreadPoolExecutor(max(len(programs), 1)) as pool:
+        for name, lower in programs.items():
+            try:
+                futures[name] = pool.submit(compile_timed, lower())
+            except Exception as error:  # Raised again where the row is measured.
+                futures[name] = Future()
+                futures[name].set_exception(error)
+    return futures
+
+
+def measure_torch(call: Callable[[], Any], items: int, repeats: int, calls: int) -> dict:
+    """Seconds, kernels and memory of a call of PyTorch's, whose first one compiles."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+
+    def wait(_=None):
+        if cuda:
+            torch.cuda.synchronize()
+
+    start = time.perf_counter()
+    wait(call())
+    row = {"compile s": time.perf_counter() - start}
+    wait(call())  # CUDA graphs are recorded at the second.
+    row |= measure(call, items, repeats, calls, wait) | count_torch_kernels(call, 1)
+    return row | ({"GB": torch.cuda.max_memory_allocated() / 1e9} if cuda else {})
+
+
+def create_torch_network(tokens: str, fields: Mapping[str, Any]) -> Any:
+    """PyTorch's network on the GPU, if there is one, in channels_last."""
+    import torch
+
+    from benchmarks.torch_unet import TorchUNet
+
+    torch.compiler.reset()  # Or it compiles a second size for all sizes, which is slower.
+    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    network = TorchUNet(**fields, tokens=tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return network.to(device, memory_format=torch.channels_last)

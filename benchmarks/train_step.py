@@ -1,0 +1,147 @@
+"""The training step of configs/seed.py's network, beside its PyTorch peers => images a second.
+
+    python -m benchmarks.train_step [--rows=ours,torch-one-compile] [--batch_sizes=1024,256]
+    python -m benchmarks.train_step --tiny
+
+Ours computes in bfloat16 with float32 weights, on one device, as train.py does. Its rows may say
+more: ours-remat, ours-accumulate4, or both. Those of PyTorch are torch-TOKENS-MODE, see
+torch_unet.py and torch_peer.py; each runs in a process of its own. All programs of ours are
+compiled side by side before anything is measured. Prints a markdown table:
+
+    size         images of a step
+    ms           of a step, the median of --repeats rounds; lowest, highest of them
+    of peak      3 x FLOPs of the forward pass x img/s, of a bfloat16 matrix product's FLOP/s,
+                 measured in the same run; the same FLOPs for all rows
+    kernels      of a step, and the ms that they are busy
+    GB           memory: for ours, held since the process started, by all rows so far
+    program GB   memory that the compiler plans for this row
+    compile s    compilation; for PyTorch the first step
+"""
+
+import sys
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import rows, timing
+from ldm_jax import feed, sharding, training
+from ldm_jax.flops import STEP, count_flops
+from ldm_jax.latents import LatentScale
+from ldm_jax.unet import get_network
+
+ROWS = "ours,ours-remat,ours-accumulate4,torch-one-eager,torch-one-compile,torch-tiled-compile"
+
+
+class Trainer:
+    """Our train state and steps on a mesh, from shapes alone until they are asked for.
+
+    Args:
+        fields: of `get_network`, in bfloat16.
+        mesh: where all lives.
+    """
+
+    def __init__(self, fields: dict[str, Any], mesh: jax.sharding.Mesh):
+        self.network, self.mesh = get_network(**fields, dtype="bfloat16"), mesh
+        size, channels = self.network.latent_image_size, self.network.latent_channels
+        self.shapes = (size, size, channels), (self.network.emb_size,)
+        self.optimizer = training.get_optimizer(steps=100_000)
+        shapes = jax.eval_shape(self._create, jax.random.key(0))
+        self.state_shapes = sharding.place_shapes(mesh, shapes)
+        shardings = sharding.get_shardings(mesh, shapes)
+        self.create_state = jax.jit(self._create, out_shardings=shardings)
+
+    def _create(self, key):
+        return training.create_train_state(key, self.network, self.optimizer, *self.shapes)
+
+    def _get_batch_shapes(self, batch_size):
+        names = "latents_mean", "text_embeddings"
+        return {name: (batch_size, *shape) for name, shape in zip(names, self.shapes)}
+
+    def create_batch(self, batch_size: int) -> dict[str, jax.Array]:
+        """Noise in float16, as a cache stores latents and embeddings."""
+        rng, held = np.random.default_rng(0), feed.local_rows(self.mesh, batch_size)
+        part = {
+            name: rng.standard_normal(shape, np.float32)[held].astype(np.float16)
+            for name, shape in self._get_batch_shapes(batch_size).items()
+        }
+        return feed.shard_batch(self.mesh, part, batch_size)
+
+    def get_step(self, *, remat: bool = False, **options: Any):
+        """The step of training.py; options of `get_train_step`."""
+        network = self.network.clone(remat=remat)
+        options |= {"mesh": self.mesh}
+        return training.get_train_step(network, self.optimizer, LatentScale(2.5), **options)
+
+    def lower(self, batch_size: int, **options: Any) -> Any:
+        """The step, lowered for a batch of the size."""
+        place = sharding.batch_sharding(self.mesh)
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, np.float16, sharding=place)
+            for name, shape in self._get_batch_shapes(batch_size).items()
+        }
+        return self.get_step(**options).lower(self.state_shapes, jax.random.key(0), batch)
+
+    def get_call(self, step: Any, batch_size: int):
+        """A call that takes one step further from a new state; returns its metrics."""
+        state, batch = self.create_state(jax.random.key(0)), self.create_batch(batch_size)
+        key = jax.random.key(1)
+
+        def call():
+            nonlocal state
+            state, metrics = step(state, key, batch)
+            return metrics
+
+        return call
+
+
+def parse_ours(work: str) -> dict[str, Any]:
+    """Options of the step by the row's name, "ours-remat-accumulate4".
+
+    Raises:
+        ValueError: for other words.
+    """
+    options: dict[str, Any] = {}
+    for word in work.split("-")[1:]:
+        if word == "remat":
+            options["remat"] = True
+        elif word.startswith("accumulate") and word[10:].isdecimal():
+            options["accumulate"] = int(word[10:])
+        else:
+            raise ValueError(f"a row of ours is ours[-remat][-accumulateN], got {work!r}")
+    return options
+
+
+def lower_ours(trainer: Trainer, work: str, batch_size: int) -> Any:
+    """The program of a row of ours."""
+    return trainer.lower(batch_size, **parse_ours(work))
+
+
+def get_torch_call(fields: dict[str, Any], tokens: str, mode: str, batch_size: int) -> Any:
+    """A step of PyTorch's."""
+    from benchmarks.torch_peer import make_train_step
+
+    return make_train_step(timing.create_torch_network(tokens, fields), batch_size, mode)
+
+
+def main(arguments: list[str]) -> None:
+    parser = rows.get_parser(__doc__, ROWS)
+    parser.add_argument("--batch_sizes", default="1024,256", help="separated by commas")
+    options = parser.parse_args(arguments)
+    fields = rows.TINY if options.tiny else rows.SEED
+    trainer = Trainer(fields, sharding.get_mesh("data", jax.devices()[:1]))
+    work = rows.Work(
+        "train_step",
+        flops=STEP * count_flops(trainer.network, *trainer.shapes),
+        calls=20,
+        steps=1,
+        lower=partial(lower_ours, trainer),
+        get_call=lambda _, size, step: trainer.get_call(step, size),
+        get_torch_call=partial(get_torch_call, fields),
+    )
+    rows.run(options, work, [int(size) for size in options.batch_sizes.split(",")])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
