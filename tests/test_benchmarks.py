@@ -1,5 +1,6 @@
 """The benchmarks at toy size: what they run and report; never how fast."""
 
+import json
 import sys
 
 import numpy as np
@@ -65,3 +66,43 @@ def test_end_to_end_draws_pictures_and_times_each_stage(tmp_path):
     assert (pixels[0] != pixels[1]).any()
     text = "picture 1 of round 2, a red apple on a table"
     assert read_png_metadata(pictures[1]) == {"prompt": text}
+
+
+def run_rows(name, folder, *arguments):
+    """Rows of the table that a benchmark printed and wrote, the same ones."""
+    out = folder / "rows.json"
+    output = run_benchmark(name, "--tiny", "--repeats=1", f"--out={out}", *arguments)
+    rows = json.loads(out.read_text())
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [row["work"] for row in rows]
+    return rows
+
+
+@pytest.mark.slow
+def test_train_step_times_ours_beside_pytorch_and_goes_on_after_errors(tmp_path):
+    works = "ours", "ours-remat-accumulate2", "ours-accumulate3", "torch-one-eager", "torch-none"
+    arguments = ("--batch_sizes=4", f"--rows={','.join(works)}")
+    rows = run_rows("train_step", tmp_path, *arguments)
+    assert [row["work"] for row in rows] == list(works)
+    assert "must be divisible by accumulate=3" in rows[2]["error"]
+    assert "a row must be ours, ours-OPTION or torch-TOKENS-MODE" in rows[4]["error"]
+    for row in (rows[0], rows[1], rows[3]):
+        assert 0 < row["lowest"] <= row["ms"] <= row["highest"]
+        assert row["img/s"] == pytest.approx(4000 / row["ms"])
+        assert row["of peak"] > 0 and row["compile s"] > 0
+    assert rows[0]["program GB"] > 0
+
+
+@pytest.mark.slow
+def test_sampling_times_ours_beside_pytorch(tmp_path):
+    works = "ours", "ours-unfolded", "torch-tiled-eager"
+    arguments = ("--nums=2,1", "--steps=4", f"--rows={','.join(works)}")
+    rows = run_rows("sampling", tmp_path, *arguments)
+    found = [(row["work"], row["size"]) for row in rows]
+    assert found == [(work, num) for num in (2, 1) for work in works[:2]] + [
+        (works[2], 2),
+        (works[2], 1),
+    ]
+    for row in rows:
+        assert row["img/s"] == pytest.approx(1000 * row["size"] / row["ms"])
+        assert row["of peak"] > 0
