@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, work: Work, sizes: list[int]) -> None:
     if not options.append:
         device, peak = jax.devices()[0].device_kind, options.peak / 1e12
         print(f"{device}, {work.flops / 1e9:.4g} GFLOP an image, peak {peak:.4g} TFLOP/s\n")
-    table = timing.Table(COLUMNS, options.out, options.append)
+    table = timing.Table(COLUMNS, options.out, append=options.append, header=not options.append)
 
     def finish(measure, *arguments):
         row = measure(work, options, *arguments)

@@ -14,7 +14,7 @@ benchmarks/train_step.py, with these differences:
 """
 
 import sys
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -50,12 +50,14 @@ class Sampler:
         """
         if work not in OURS:
             raise ValueError(f"a row of ours is one of {OURS}, got {work!r}")
-        denoiser = Denoiser(self.network, self._create_variables())
+        denoiser = Denoiser(self.network, self.variables)
         if work == "ours-unfolded":
             denoiser = jax.tree_util.Partial(Denoiser.__call__, denoiser)
         return get_diffuser(denoiser, diffusion_steps=self.steps)
 
-    def _create_variables(self):
+    @cached_property
+    def variables(self) -> dict:
+        """Random ones, made once."""
         init_key, out_key = jax.random.split(jax.random.key(0))
         x_t, labels = (jnp.zeros((1, *shape)) for shape in self.shapes)
         variables = jax.jit(self.network.init)(init_key, x_t, jnp.zeros(1), labels)
@@ -71,10 +73,9 @@ class Sampler:
         return sample_seeds(range(num), latent_shape), labels
 
     def lower(self, work: str, num: int) -> Any:
-        """The whole loop for so many latents, lowered from shapes."""
-        diffuser = jax.eval_shape(partial(self.create_diffuser, work))
-        seeds, labels = (jax.ShapeDtypeStruct((num, *shape), jnp.float32) for shape in self.shapes)
-        return Diffuser.reverse_diffusion.lower(diffuser, seeds, labels)
+        """The whole loop for so many latents, lowered."""
+        inputs = self.draw_inputs(num)
+        return Diffuser.reverse_diffusion.lower(self.create_diffuser(work), *inputs)
 
     def get_call(self, work: str, num: int, program: Any) -> Any:
         """A call of the compiled loop."""

@@ -24,14 +24,22 @@ class Table:
     Args:
         columns: titles, each with the format of its values.
         path: of the file; "" for none.
-        append: go on with the rows of the file, without a header.
+        append: go on with the rows of the file.
+        header: print the titles.
     """
 
-    def __init__(self, columns: Mapping[str, str], path: str = "", append: bool = False):
+    def __init__(
+        self,
+        columns: Mapping[str, str],
+        path: str = "",
+        *,
+        append: bool = False,
+        header: bool = True,
+    ):
         self._columns, self._path = columns, Path(path) if path else None
         if self._path and not append:
             self._path.write_text("[]")
-        if not append:
+        if header:
             rule = ("---" if kind == "" else "---:" for kind in columns.values())
             print(f"| {' | '.join(columns)} |\n|{'|'.join(rule)}|", flush=True)
 
@@ -135,9 +143,10 @@ def add_up(count: int, seconds: float, calls: int) -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """GB that the first device has held at once since the process started, compiling included."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {"GB": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
+    """GB that a device has held at once since the process started, compiling included; the most."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    return {"GB": max(peaks) / 1e9} if peaks else {}
 
 
 def program_memory(compiled: Any) -> dict[str, float]:

@@ -52,6 +52,10 @@ class Trainer:
         shardings = sharding.get_shardings(mesh, shapes)
         self.create_state = jax.jit(self._create, out_shardings=shardings)
 
+    def lower_state(self) -> Any:
+        """The program of `create_state`, lowered."""
+        return self.create_state.lower(jax.random.key(0))
+
     def _create(self, key):
         return training.create_train_state(key, self.network, self.optimizer, *self.shapes)
 

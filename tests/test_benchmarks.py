@@ -73,8 +73,8 @@ def run_rows(name, folder, *arguments):
     out = folder / "rows.json"
     output = run_benchmark(name, "--tiny", "--repeats=1", f"--out={out}", *arguments)
     rows = json.loads(out.read_text())
-    lines = [line for line in output.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [row["work"] for row in rows]
+    cells = [line.split("|")[1].strip() for line in output.splitlines() if line.startswith("|")]
+    assert [cell for cell in cells if cell not in ("work", "---")] == [row["work"] for row in rows]
     return rows
 
 
@@ -106,3 +106,24 @@ def test_sampling_times_ours_beside_pytorch(tmp_path):
     for row in rows:
         assert row["img/s"] == pytest.approx(1000 * row["size"] / row["ms"])
         assert row["of peak"] > 0
+
+
+@pytest.mark.slow
+def test_scaling_trains_samples_and_restores_on_several_devices(tmp_path):
+    arguments = ("--devices=1,2", "--steps=4", "--ways=data,fsdp,pmap")
+    rows = run_rows("scaling", tmp_path, "--parts=train,sample,checkpoint", *arguments)
+    found = [(row["work"], row["devices"], row["way"]) for row in rows]
+    trained = [("train", 1, "data"), ("train", 1, "pmap")]
+    trained += [("train", 2, way) for way in ("data", "pmap", "fsdp")]
+    others = [("sample", "data"), ("checkpoint", "fsdp")]
+    assert found == trained + [(work, n, way) for work, way in others for n in (1, 2)]
+    assert all(row["img/s"] > 0 and row["efficiency"] > 0 for row in rows[:7])
+    assert rows[0]["messages MB"] == 0 < rows[2]["messages MB"]
+    assert rows[5]["difference"] == 0 <= rows[6]["difference"] < 0.1
+    assert all(row["same noise"] for row in rows[5:7]) and all(row["same"] for row in rows[7:])
+
+
+@pytest.mark.slow
+def test_scaling_trains_in_one_process_for_each_device(tmp_path):
+    [row] = run_rows("scaling", tmp_path, "--parts=processes", "--devices=2")
+    assert row["devices"] == 2 and row["img/s"] > 0 and row["messages MB"] > 0
