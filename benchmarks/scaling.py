@@ -9,8 +9,8 @@ puts them. The programs of a size are compiled side by side, those of pmap at th
 Prints a markdown table for each part:
 
     train        every way to spread a step; "both" is data=2,fsdp=N/2
-    sample       pictures of 70 guided steps spread over the devices, against the first count:
-                 whether the noise is the same bit for bit, and how far the latents differ
+    sample       see spread_sampling.py; against the first row, whether the noise is the same bit
+                 for bit, and how far the latents differ
     checkpoint   a small state, saved from all devices (fsdp), restored on each number of them
     processes    the data-parallel step of the largest size in one process for each device
 
@@ -35,11 +35,9 @@ import numpy as np
 from benchmarks import rows, timing
 from benchmarks.parallelism import get_ways
 from benchmarks.processes import ROOT, run_processes
-from benchmarks.sampling import Sampler
+from benchmarks.spread_sampling import sample
 from benchmarks.train_step import Trainer
 from ldm_jax import hosts, sharding
-from ldm_jax.forecast import count_messages
-from ldm_jax.sampler import Diffuser, sample_seeds
 
 SPEED = {"ms": ".2f", "lowest": ".2f", "highest": ".2f", "img/s": ",.0f", "efficiency": ".1%"}
 MEMORY = {"GB": ".2f", "program GB": ".2f", "compile s": ".1f"}
@@ -58,33 +56,6 @@ COLUMNS = {
 }
 
 
-def count_collectives(call: Any, devices: int, calls: int = 3) -> dict[str, float]:
-    """Milliseconds of a device and call in NCCL's kernels, and in all."""
-    kernels = timing.trace(call, calls)
-    busy = sum(k.seconds for k in kernels)
-    nccl = sum(k.seconds for k in kernels if "nccl" in k.name.lower())
-    share = 1e3 / (calls * devices)
-    return {"collective ms": share * nccl, "busy ms": share * busy} if kernels else {}
-
-
-def count_megabytes(compiled: Any) -> float:
-    """MB of the collectives' arrays in a program."""
-    return sum(message.bytes for message in count_messages(compiled.as_text())) / 1e6
-
-
-class Efficiency:
-    """Rows of several numbers of devices => their img/s a device against those of one."""
-
-    def __init__(self):
-        self._one: dict[int, float] = {}
-
-    def __call__(self, row: dict, devices: int, size: int) -> dict:
-        if devices == 1:
-            self._one.setdefault(size, row["img/s"])
-        one = self._one.get(size)
-        return row | ({"efficiency": row["img/s"] / (devices * one)} if one else {})
-
-
 def measure_step(trainer: Trainer, size: int, options: argparse.Namespace, future: Any) -> dict:
     """Training steps of `size` images a device; pmap's without a compiled program."""
     devices, row = trainer.mesh.size, {}
@@ -92,13 +63,15 @@ def measure_step(trainer: Trainer, size: int, options: argparse.Namespace, futur
         step = trainer.get_step(parallelism="pmap")
     else:
         step, row["compile s"] = future.result()
-        row |= {"messages MB": count_megabytes(step)} | timing.program_memory(step)
+        row |= {"messages MB": timing.count_megabytes(step)} | timing.program_memory(step)
     call = trainer.get_call(step, size * devices)
     start = time.perf_counter()
     jax.block_until_ready(call())
     row.setdefault("compile s", time.perf_counter() - start)
     row |= timing.measure(call, size * devices, options.repeats, options.calls)
-    return row | count_collectives(call, len(trainer.mesh.local_devices)) | timing.peak_memory()
+    return (
+        row | timing.count_collectives(call, len(trainer.mesh.local_devices)) | timing.peak_memory()
+    )
 
 
 def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
@@ -113,7 +86,7 @@ def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> Non
     compiled = timing.compile_all({key: t.lower_state for key, t in trainers.items()})
     for key, trainer in trainers.items():
         trainer.create_state = compiled[key].result()[0]
-    efficiency = Efficiency()
+    efficiency = timing.Efficiency()
 
     def work(trainer, devices, size, future):
         return efficiency(measure_step(trainer, size, options, future), devices, size)
@@ -130,49 +103,6 @@ def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> Non
             about = {"work": "train", "devices": devices, "way": way, "size": size}
             arguments = trainers[devices, layout], devices, size, compiled.get((devices, way))
             table.attempt(about, work, *arguments)
-
-
-def spread_noise(mesh: jax.sharding.Mesh, num: int, latent_shape: tuple[int, ...]) -> jax.Array:
-    """The noise of pictures 0, 1, ..., each drawn on the device that holds it."""
-    place, shape = sharding.batch_sharding(mesh), (num, *latent_shape)
-    parts = []
-    for device, index in place.addressable_devices_indices_map(shape).items():
-        with jax.default_device(device):
-            parts.append(sample_seeds(range(num)[index[0]], latent_shape))
-    return jax.make_array_from_single_device_arrays(shape, place, parts)
-
-
-def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
-    """A row for each number of devices; the first is what the others are compared with."""
-    sampler, num = Sampler(fields, options.steps), options.pictures
-    noise, labels = sampler.draw_inputs(num)
-    diffuser, inputs, programs = sampler.create_diffuser(), {}, {}
-    for devices in options.counts:
-        mesh = sharding.get_mesh("data", jax.devices()[:devices])
-        inputs[devices] = (
-            jax.device_put(diffuser, sharding.replicated(mesh)),
-            spread_noise(mesh, num, sampler.shapes[0]),
-            jax.device_put(labels, sharding.batch_sharding(mesh)),
-        )
-        programs[devices] = partial(Diffuser.reverse_diffusion.lower, *inputs[devices])
-    compiled = timing.compile_all(programs)
-    efficiency, reference = Efficiency(), None
-
-    def work(devices):
-        nonlocal reference
-        program, seconds = compiled[devices].result()
-        call = partial(program, *inputs[devices])
-        row = timing.measure(call, num, options.repeats, 1) | {"compile s": seconds}
-        latents = np.asarray(call())
-        reference = latents if reference is None else reference
-        row["same noise"] = bool(np.array_equal(inputs[devices][1], noise))
-        row["difference"] = float(np.abs(latents - reference).max())
-        row |= {"messages MB": count_megabytes(program)} | timing.program_memory(program)
-        return efficiency(row | timing.peak_memory(), devices, num)
-
-    for devices in options.counts:
-        about = {"work": "sample", "devices": devices, "way": "data", "size": num}
-        table.attempt(about, work, devices)
 
 
 def restore(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
@@ -231,7 +161,7 @@ def run_process(options: argparse.Namespace, fields: dict) -> None:
 
 def join(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
     """A row for each number of processes."""
-    efficiency, size = Efficiency(), max(options.sizes)
+    efficiency, size = timing.Efficiency(), max(options.sizes)
     environment: dict[str, str] = {}
     if not options.tiny:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

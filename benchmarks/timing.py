@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.forecast import count_messages
 from ldm_jax.profiling import Kernel, profile_calls, summarise_trace
 
 
@@ -142,6 +143,20 @@ def add_up(count: int, seconds: float, calls: int) -> dict[str, float]:
     return {"kernels": count / calls, "busy ms": 1e3 * seconds / calls} if count else {}
 
 
+def count_collectives(call: Any, devices: int, calls: int = 3) -> dict[str, float]:
+    """Milliseconds of a device and call in NCCL's kernels, and in all."""
+    kernels = trace(call, calls)
+    busy = sum(k.seconds for k in kernels)
+    nccl = sum(k.seconds for k in kernels if "nccl" in k.name.lower())
+    share = 1e3 / (calls * devices)
+    return {"collective ms": share * nccl, "busy ms": share * busy} if kernels else {}
+
+
+def count_megabytes(compiled: Any) -> float:
+    """MB of the collectives' arrays in a program."""
+    return sum(message.bytes for message in count_messages(compiled.as_text())) / 1e6
+
+
 def peak_memory() -> dict[str, float]:
     """GB that a device has held at once since the process started, compiling included; the most."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -215,3 +230,16 @@ def create_torch_network(tokens: str, fields: Mapping[str, Any]) -> Any:
     network = TorchUNet(**fields, tokens=tokens)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return network.to(device, memory_format=torch.channels_last)
+
+
+class Efficiency:
+    """Rows of several numbers of devices => their img/s a device against those of one."""
+
+    def __init__(self):
+        self._one: dict[int, float] = {}
+
+    def __call__(self, row: dict, devices: int, size: int) -> dict:
+        if devices == 1:
+            self._one.setdefault(size, row["img/s"])
+        one = self._one.get(size)
+        return row | ({"efficiency": row["img/s"] / (devices * one)} if one else {})
