@@ -195,7 +195,8 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
         # A product for each of the nine shifts, side by side: one alone is too little for a GPU.
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-        shifted = jnp.stack(shifted).reshape(9, -1, channels)
+        # The barrier keeps XLA from making nine shifts part of each product that it tries out.
+        shifted = jax.lax.optimization_barrier(jnp.stack(shifted).reshape(9, -1, channels))
         y = jnp.einsum(
             "trc,tcd->trd",
             shifted,

@@ -5,7 +5,6 @@ it is spread over: a batch norm's statistics are then those of the whole batch, 
 dropout is the same on any number of devices.
 """
 
-import math
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -18,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 NORMS = ("batch", "group")
 GROUP_SIZE = 16
-REDUCTION_GROUPS = 128
 
 
 def get_norm(
@@ -177,14 +175,13 @@ def _statistics(x, mask, axis_name):
 
 
 def _column_sums(*maps):
-    """Sums over all axes but the last, in two stages.
+    """Sums over all axes but the last: those of each sample, then of these.
 
     XLA leaves a column sum that it merges with an elementwise result to a few blocks of threads,
     which takes ten times as long on maps of 4 x 4. The barrier keeps the stages apart.
     """
-    channels = maps[0].shape[-1]
-    groups = math.gcd(maps[0].size // channels, REDUCTION_GROUPS)
-    parts = [jnp.sum(x.reshape(groups, -1, channels), axis=1) for x in maps]
+    middle = tuple(range(1, maps[0].ndim - 1))
+    parts = [jnp.sum(x, axis=middle) for x in maps]
     return [jnp.sum(part, axis=0) for part in jax.lax.optimization_barrier(parts)]
 
 
