@@ -25,7 +25,8 @@ from contact_sheet import GROUPS, choose_examples, draw_examples, load_real
 from ldm_jax import models
 from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import load_vae
-from ldm_jax.metrics import image_features, psnr
+from ldm_jax.features import load_extractor
+from ldm_jax.metrics import psnr
 
 
 class Gallery(NamedTuple):
@@ -40,7 +41,7 @@ def load_gallery(cache: LatentCache, folder: Path) -> Gallery:
     """Reads all real pictures of a cache from their folder and computes their features."""
     examples = np.arange(sum(cache.manifest["counts"].values()))
     _, first = np.unique(cache.pictures(examples), return_index=True)
-    features = image_features(load_real(cache, folder, first, cache.manifest["image_size"]))
+    features = load_extractor()(load_real(cache, folder, first, cache.manifest["image_size"]))
     centre = features.mean(0)
     return Gallery(to_unit(features, centre), centre, cache.records(first))
 
@@ -93,7 +94,7 @@ def measure_model(
         seeds = np.arange(len(examples))
         drawn = draw_examples(model, cache, vae, examples, seeds, **overrides)
         real = load_real(cache, folder, examples, drawn.shape[1])
-        features = to_unit(image_features(drawn), gallery.centre)
+        features = to_unit(load_extractor()(drawn), gallery.centre)
         pairs = (x.astype(np.float32) / 127.5 - 1 for x in (drawn, real))
         report[split] = measure_group(features, cache.records(examples), gallery)
         report[split]["psnr"] = float(np.median(psnr(*pairs)))
