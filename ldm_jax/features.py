@@ -197,7 +197,7 @@ def _load_inception(path: Path, device: Any) -> Extractor:
     if not path.is_file():
         raise FileNotFoundError(f"no such weights file of an Inception-v3: {path}")
     try:
-        from torchvision.models import inception_v3
+        from torchvision.models import inception_v3  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"the features 'inception' need a package ({error}): pip install torchvision"

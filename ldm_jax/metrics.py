@@ -149,7 +149,7 @@ def frechet_distance(
         factors.append((x - means[-1]) / np.sqrt(len(x) - 1))
     root = np.linalg.norm(_shorten(factors[0]) @ _shorten(factors[1]).T, "nuc")
     traces = sum(np.square(p).sum() for p in factors)
-    return float(np.square(means[0] - means[1]).sum() + traces - 2.0 * root)
+    return max(float(np.square(means[0] - means[1]).sum() + traces - 2.0 * root), 0.0)
 
 
 def share(hits: Bool[np.ndarray, " n"]) -> Estimate:
@@ -209,7 +209,7 @@ def _kernel(u: Float[np.ndarray, "k d"], v: Float[np.ndarray, "j d"]) -> Float[n
 
 def _shorten(p: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
     """A factor of P'P with at most d rows."""
-    return np.linalg.qr(p, mode="r") if len(p) > p.shape[1] else p
+    return np.asarray(np.linalg.qr(p, mode="r")) if len(p) > p.shape[1] else p
 
 
 def _mmd(x: Float[np.ndarray, "k d"], y: Float[np.ndarray, "k d"]) -> float:
