@@ -1,10 +1,11 @@
-"""A run's latent cache and settings => a function of its step and denoiser that measures quality."""
+"""A run's latent cache and settings => a function of step and denoiser that measures quality."""
 
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax import hosts, quality, report, sampler
@@ -63,7 +64,8 @@ def get_examiner(
                 diffuser, labels[split], seeds, cache.latent_shape, batch_size
             )
             if exam:
-                drawn[split] = vae.decode(np.asarray(scale.restore(latents)), as_bytes=True)
+                latents = np.asarray(scale.restore(jnp.asarray(latents)))
+                drawn[split] = vae.decode(latents, as_bytes=True)
         if not exam:
             return {}
         figures = quality.measure(exam, drawn)
