@@ -169,7 +169,7 @@ def _train(config, workdir, profile, preempted):
         return float(np.mean(jax.device_get(losses)))
 
     def due(step, every):
-        return every > 0 and (step == config.steps or step % every == 0)
+        return step == config.steps or step % every == 0
 
     # The loop.
     batches = feed.feed_batches(
@@ -193,7 +193,8 @@ def _train(config, workdir, profile, preempted):
 
             stop = preempted(step) and step < config.steps
             save = stop or due(step, config.save_every)
-            close = save or due(step, config.log_every) or due(step, config.evaluate_every)
+            examined = examine and due(step, config.evaluate_every)
+            close = save or examined or due(step, config.log_every)
             values = log.close_window(step) if close else {}
             # What a preempted run has no time for: held-out loss and pictures.
             evaluate = (save or due(step, config.eval_every)) and not stop
@@ -201,7 +202,7 @@ def _train(config, workdir, profile, preempted):
                 values["held_out_loss"] = held_out_loss(state)
             if due(step, config.sample_every) and not stop:
                 write_samples(step, state, log)
-            if examine and due(step, config.evaluate_every) and not stop:
+            if examine and examined and not stop:
                 denoiser = sampler.Denoiser(network, gather(state.ema_variables))
                 values |= examine(step, denoiser)
             if save:
