@@ -209,19 +209,19 @@ def measure_ends(exam: Exam, vae: Any, text_encoder: Callable) -> dict[str, dict
     denoiser of its latents can reach; "copied" is, for each caption, the training picture whose
     caption is nearest by the cosine of the text embeddings, what a model without any idea can do.
     """
-    report = {}
-    trained = np.array([i for i, p in enumerate(exam.pictures) if p.split == "train"])
-    known = _flat_unit(text_encoder(get_captions(exam.pictures, trained)))
+    report: dict[str, dict[str, dict]] = {}
+    trained = np.array([i for i, p in enumerate(exam.pictures) if p.split == "train"], np.int64)
+    if len(trained):
+        known = _flat_unit(text_encoder(get_captions(exam.pictures, trained)))
     for split, images in exam.real.items():
-        asked = _flat_unit(text_encoder(exam.captions(split)))
-        nearest = trained[np.argmax(asked @ known.T, 1)]
-        size = images.shape[1]
-        copies = np.stack([load_picture(exam.pictures[i].path, size) for i in nearest])
         made = vae.decode(vae.encode(images)[0], as_bytes=True)
-        report[split] = {
-            "reconstructed": measure_pictures(exam, split, made),
-            "copied": measure_pictures(exam, split, copies),
-        }
+        report[split] = {"reconstructed": measure_pictures(exam, split, made)}
+        if len(trained):
+            asked = _flat_unit(text_encoder(exam.captions(split)))
+            nearest = trained[np.argmax(asked @ known.T, 1)]
+            paths, size = [exam.pictures[i].path for i in nearest], images.shape[1]
+            copies = np.stack([load_picture(path, size) for path in paths])
+            report[split]["copied"] = measure_pictures(exam, split, copies)
     return report
 
 

@@ -34,7 +34,8 @@ float16; {size:.2f} MB.
 {steps} steps of batch {batch} on the {n} training pictures of {styles} emoji styles (credits:
 ../CREDITS.md), each with either of its captions; symmetric InfoNCE, rows of one concept not held
 against each other; AdamW, learning rate {rate} with cosine decay, weight decay {decay}; {dropout}
-of the features and half as much of the embeddings dropped.
+of the features and half as much of the embeddings dropped. Decay and dropout were chosen on the
+validation concepts.
 
 How often a real held-out picture finds its own name among the distinct names of its split, with
 Wilson's intervals at 95 %:

@@ -1,6 +1,7 @@
 """The alignment head against formulas, and the CLIP score against the model it is read from."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ldm_jax.alignment import (
     load_head,
     save_head,
 )
+from ldm_jax.metrics import get_ranks
 
 
 def create_head(d=6, e=5, seed=0):
@@ -65,6 +67,23 @@ def test_the_bundled_head_is_small_and_says_what_it_needs():
         "text_bias": (256,),
     }
     assert (BUNDLED / HEAD_FILE).stat().st_size < 2_000_000
+
+
+def test_the_script_trains_a_head_that_finds_captions_it_never_saw(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+    import train_alignment
+
+    # Both sides see eight hidden numbers, each through a map of its own.
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((300, 8))
+    x = (hidden @ rng.standard_normal((8, 40)) + 3).astype(np.float32)
+    y = (hidden @ rng.standard_normal((8, 20))).astype(np.float32)
+    monkeypatch.setattr(train_alignment, "STEPS", 150)
+    monkeypatch.setattr(train_alignment, "BATCH", 64)
+    params = train_alignment.train_head(x[:250], y[None, :250], np.arange(250), seed=0)
+    head = Head({k: v.astype(np.float32) for k, v in params.items()}, "efflite0", "use")
+    likeness = head.embed_images(x[250:]) @ head.embed_captions(y[250:]).T
+    assert np.mean(get_ranks(likeness, np.eye(50, dtype=bool)) == 1) > 0.7  # chance: 0.02
 
 
 def test_no_head_is_none(tmp_path):
