@@ -18,10 +18,21 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
+from ldm_jax import (
+    checkpoint,
+    data,
+    feed,
+    forecast,
+    hosts,
+    models,
+    sampler,
+    sharding,
+    training,
+)
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
+from ldm_jax.examiner import get_examiner
 from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.noising import get_process
@@ -132,6 +143,19 @@ def _train(config, workdir, profile, preempted):
             save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
             log.write_images(step, images, captions)
 
+    examine = None
+    if config.evaluate_every:
+        examine = get_examiner(
+            workdir / "quality",
+            cache,
+            vae,
+            text_encoder,
+            scale,
+            settings["sampling"],
+            config.seed,
+            **settings["evaluation"],
+        )
+
     def read_rows(seed, split):
         return lambda k, rows: cache.batch(
             seed, k, config.batch_size, split, dtype=np.float16, rows=rows
@@ -169,13 +193,18 @@ def _train(config, workdir, profile, preempted):
 
             stop = preempted(step) and step < config.steps
             save = stop or due(step, config.save_every)
-            values = log.close_window(step) if save or due(step, config.log_every) else {}
+            examined = examine and due(step, config.evaluate_every)
+            close = save or examined or due(step, config.log_every)
+            values = log.close_window(step) if close else {}
             # What a preempted run has no time for: held-out loss and pictures.
             evaluate = (save or due(step, config.eval_every)) and not stop
             if evaluate and cache.num_examples("valid"):
                 values["held_out_loss"] = held_out_loss(state)
             if due(step, config.sample_every) and not stop:
                 write_samples(step, state, log)
+            if examine and examined and not stop:
+                denoiser = sampler.Denoiser(network, gather(state.ema_variables))
+                values |= examine(step, denoiser)
             if save:
                 checkpoint.save_checkpoint(manager, state, meta, values.get("held_out_loss"))
             if values:

@@ -83,6 +83,13 @@ def get_config():
         "a cup of coffee",
     )
 
+    # Quality of pictures of the averaged weights, as evaluate.py measures it.
+    config.evaluate_every = 0  # 0: never
+    config.evaluation = ConfigDict()
+    config.evaluation.captions_per_group = 64
+    config.evaluation.features = "efflite0"
+    config.evaluation.batch_size = 64  # pictures drawn at once
+
     # Devices. `mesh`: "data", "fsdp", or both, as "data,fsdp=8". `parallelism`: "jit" or "pmap".
     config.sharding = ConfigDict()
     config.sharding.mesh = "data"

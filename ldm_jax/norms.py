@@ -81,7 +81,8 @@ class BatchNorm(nn.Module):
             y = _affine(x, running_mean.value, factor, scale, bias)
         else:
             axis_name = None if self.is_initializing() else self.axis_name
-            y, mean, var = normalise(x, scale, bias, mask, self.epsilon, axis_name)
+            results: Any = normalise(x, scale, bias, mask, self.epsilon, axis_name)
+            y, mean, var = results
             if not self.is_initializing():
                 for running, new in ((running_mean, mean), (running_var, var)):
                     new = jax.lax.stop_gradient(new)
@@ -108,10 +109,11 @@ def normalise(
     keep nothing but x. Derived by JAX, the float32 intermediates are written and read as well; that
     costs a tenth of a training step.
     """
-    return _normalise(x, scale, bias, mask, epsilon, axis_name)[0]
+    results, _ = _normalise(x, scale, bias, mask, epsilon, axis_name)
+    return results
 
 
-def _normalise(x, scale, bias, mask, epsilon, axis_name):
+def _normalise(x, scale, bias, mask, epsilon, axis_name) -> tuple[Any, Any]:
     mean, var, count = _statistics(x, mask, axis_name)
     factor = jax.lax.rsqrt(var + epsilon)
     y = _affine(x, mean, factor, scale, bias).astype(x.dtype)

@@ -11,14 +11,24 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
 GAP = 4  # pixels around the tiles of a grid
 CAPTION_LINES = 3
+PAIR_GAP, TITLE_HEIGHT, LINE_HEIGHT, FONT_SIZE = 8, 34, 16, 13  # of a sheet of pairs
 CAPTIONED_WIDTH = 96  # a tile with a caption takes at least this many pixels
+
+
+class Pairs(NamedTuple):
+    """Drawn pictures of some captions, and the real ones."""
+
+    title: str
+    captions: Sequence[str]
+    drawn: UInt8[np.ndarray, "n H W 3"]
+    real: UInt8[np.ndarray, "n H W 3"]
 
 
 def to_uint8(images: Shaped[np.ndarray, "*n H W 3"]) -> UInt8[np.ndarray, "*n H W 3"]:
@@ -174,6 +184,32 @@ def save_grid(
     _write_png(Path(path), grid, metadata or {})
 
 
+def compose_pairs(groups: Sequence[Pairs], columns: int = 4) -> UInt8[np.ndarray, "H W 3"]:
+    """Pairs of a drawn picture and the real one at its right, the caption below, group by group."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = groups[0].drawn.shape[1]
+    across, down = 2 * size + 2 * PAIR_GAP, size + 2 * LINE_HEIGHT + PAIR_GAP
+    rows = [math.ceil(len(group.captions) / columns) for group in groups]
+    height = sum(TITLE_HEIGHT + n * down for n in rows) + PAIR_GAP
+    sheet = Image.new("RGB", (columns * across + PAIR_GAP, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    small: Any = ImageFont.load_default(size=FONT_SIZE)
+    large = ImageFont.load_default(size=FONT_SIZE + 5)
+    top = PAIR_GAP
+    for group, n_rows in zip(groups, rows):
+        draw.text((PAIR_GAP, top), group.title + " (left: drawn, right: real)", "black", large)
+        top += TITLE_HEIGHT
+        for i, caption in enumerate(group.captions):
+            x, y = PAIR_GAP + i % columns * across, top + i // columns * down
+            sheet.paste(Image.fromarray(group.drawn[i]), (x, y))
+            sheet.paste(Image.fromarray(group.real[i]), (x + size, y))
+            for j, line in enumerate(_wrap(caption, small, 2 * size, 2)):
+                draw.text((x, y + size + j * LINE_HEIGHT), line, "black", small)
+        top += n_rows * down
+    return np.asarray(sheet)
+
+
 def _check_image(image: Any) -> np.ndarray:
     if np.ndim(image) != 3:
         raise ValueError(f"an image must have shape (H, W, 3), got {np.shape(image)}")
@@ -220,15 +256,15 @@ def _write_png(path: Path, picture: Any, metadata: Mapping[str, str]):
         part.unlink(missing_ok=True)
 
 
-def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken at spaces where there are any."""
+def _wrap(text: str, font: Any, width: int, most: int = CAPTION_LINES) -> list[str]:
+    """At most `most` lines of at most `width` pixels, broken at spaces where there are any."""
     # Pillow's own font, the same on every machine, has no accents: "piñata" is drawn "pinata".
     letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
     rest, lines = " ".join("".join(letters).split()), []
-    while rest and len(lines) < CAPTION_LINES:
+    while rest and len(lines) < most:
         fits = _count_fitting(rest, font, width)
         if fits < len(rest):
-            if len(lines) == CAPTION_LINES - 1:
+            if len(lines) == most - 1:
                 lines.append(rest[: _count_fitting(rest, font, width, "...")].rstrip() + "...")
                 break
             fits = max(rest.rfind(" ", 0, fits + 1), 0) or fits

@@ -100,7 +100,8 @@ class RunLog:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        self._shown |= {k: v for k, v in values.items() if k != "grad_norm"}
+        # Figures of quality, which have a slash in their names, are too many for a bar.
+        self._shown |= {k: v for k, v in values.items() if k != "grad_norm" and "/" not in k}
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in self._shown.items()})
 
     def write_images(self, step: int, images: np.ndarray, captions: Any) -> None:

@@ -7,14 +7,9 @@ and 16 held-out concepts (split test), picture i of the sheet from the noise of 
 chooses the captions. 200 s of CPU time.
 """
 
-import dataclasses
-import textwrap
-import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jaxtyping import UInt8
@@ -23,23 +18,8 @@ from ldm_jax import models, sampler
 from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import VAE, load_vae
 from ldm_jax.pictures import load_picture
-from ldm_jax.plotting import save_png, to_uint8
-
-GROUPS = {
-    "train": "Training captions: this picture was trained on",
-    "cell": "Held-out cells: the concept was trained on in other styles, not in this one",
-    "test": "Held-out concepts: never trained on in any style",
-}
-GAP, TITLE_HEIGHT, LINE_HEIGHT, FONT_SIZE, LETTERS = 8, 34, 16, 13, 38
-
-
-class Group(NamedTuple):
-    """Captions of one split with their pictures."""
-
-    title: str
-    captions: Sequence[str]
-    drawn: UInt8[np.ndarray, "n h w 3"]
-    real: UInt8[np.ndarray, "n h w 3"]
+from ldm_jax.plotting import Pairs, compose_pairs, save_png
+from ldm_jax.quality import GROUPS, draw_latents, in_float32_on_cpu
 
 
 def choose_examples(cache: LatentCache, split: str, n: int, seed: int) -> np.ndarray:
@@ -73,49 +53,12 @@ def draw_examples(
     Args:
         overrides: sampler settings to put in the place of the model's.
     """
-    from tqdm import tqdm
-
-    denoiser = model.denoiser
-    if jax.default_backend() == "cpu":
-        network = denoiser.network.clone(dtype="float32")
-        denoiser = dataclasses.replace(denoiser, network=network)
+    denoiser = in_float32_on_cpu(model.denoiser)
     diffuser = sampler.get_diffuser(denoiser, **(model.meta["sampling"] | overrides))
     labels = cache.take(examples)["text_embeddings"]
-    noise = sampler.sample_seeds(picture_seeds, cache.latent_shape)
-    images = []
-    for i in tqdm(range(0, len(examples), batch_size), desc="drawing", unit="batch"):
-        part = slice(i, i + batch_size)
-        latents = model.scale.restore(diffuser.reverse_diffusion(noise[part], labels[part]))
-        images.append(to_uint8(vae.decode(np.asarray(latents))))
-    return np.concatenate(images)
-
-
-def compose_sheet(groups: Sequence[Group], columns: int = 4) -> UInt8[np.ndarray, "H W 3"]:
-    """Pairs of a drawn picture and the real one at its right, the caption below, group by group."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    size = groups[0].drawn.shape[1]
-    across, down = 2 * size + 2 * GAP, size + 2 * LINE_HEIGHT + GAP
-    rows = [-(-len(group.captions) // columns) for group in groups]
-    height = sum(TITLE_HEIGHT + n * down for n in rows) + GAP
-    sheet = Image.new("RGB", (columns * across + GAP, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    small, large = (ImageFont.load_default(size=s) for s in (FONT_SIZE, FONT_SIZE + 5))
-    top = GAP
-    for group, n_rows in zip(groups, rows):
-        draw.text((GAP, top), group.title + " (left: drawn, right: real)", "black", large)
-        top += TITLE_HEIGHT
-        for i, caption in enumerate(group.captions):
-            x, y = GAP + i % columns * across, top + i // columns * down
-            sheet.paste(Image.fromarray(group.drawn[i]), (x, y))
-            sheet.paste(Image.fromarray(group.real[i]), (x + size, y))
-            # Pillow's own font has no accents.
-            letters = unicodedata.normalize("NFKD", caption)
-            plain = "".join(c for c in letters if not unicodedata.combining(c))
-            lines = textwrap.wrap(plain, LETTERS, max_lines=2, placeholder="...")
-            draw.multiline_text((x, y + size), "\n".join(lines), "black", small, spacing=2)
-        top += n_rows * down
-    return np.asarray(sheet)
+    shape = cache.latent_shape
+    latents = draw_latents(diffuser, labels, picture_seeds, shape, batch_size, progress=True)
+    return vae.decode(np.asarray(model.scale.restore(jnp.asarray(latents))), as_bytes=True)
 
 
 def main(argv):
@@ -133,11 +76,11 @@ def main(argv):
         if len(indices):
             pictures = drawn[done : done + len(indices)]
             real = load_real(cache, folder, indices, pictures.shape[1])
-            groups.append(Group(GROUPS[split], cache.captions(indices), pictures, real))
+            groups.append(Pairs(GROUPS[split], cache.captions(indices), pictures, real))
             done += len(indices)
     settings = {k: str(v) for k, v in model.meta["sampling"].items()}
     settings |= {"seed": str(f.seed), "checkpoint": f.checkpoint or "bundled"}
-    save_png(f.out, compose_sheet(groups), settings)
+    save_png(f.out, compose_pairs(groups), settings)
     for i, caption in enumerate(cache.captions(examples)):
         print(f"seed {i}: {caption}")
 

@@ -22,7 +22,8 @@ from autoencoder_objective import to_signal
 from diffusers import AutoencoderKL
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # The GPU's memory is torch's here.
-from ldm_jax.metrics import image_features, kid, psnr, ssim  # noqa: E402
+from ldm_jax.features import load_extractor  # noqa: E402
+from ldm_jax.metrics import kid, psnr, ssim  # noqa: E402
 from ldm_jax.pictures import load_picture, read_folder  # noqa: E402
 
 HELD_OUT = ("valid", "test", "cell")
@@ -173,7 +174,8 @@ def evaluate_autoencoder(
     made = decode_latents(model, mean)
     noise = np.random.default_rng(seed).standard_normal(mean.shape, dtype=np.float32)
 
-    real_features, features = (image_features(x, device=device) for x in (originals, made))
+    extract = load_extractor("efflite0", device)
+    real_features, features = (extract(x) for x in (originals, made))
     sample = np.random.default_rng(seed).permutation(len(trained))[: len(originals)]
     seen = trained[np.sort(sample)]
     normalised = {}

@@ -132,6 +132,21 @@ def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, capsys):
     assert [line["step"] for line in lines] == [5, 10, 13, 15, 20]
 
 
+@pytest.mark.slow
+def test_quality_is_measured_while_training_on_request(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "home"))
+    evaluation = {"captions_per_group": 6, "batch_size": 4}
+    changes = {"evaluate_every": 2, "evaluation": evaluation, "log_every": 3}
+    train.train(get_config(root, steps=4, **changes), tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    # No picture here is held out as a cell or for testing.
+    assert [line["step"] for line in lines if "quality/train/recall_1" in line] == [2, 4]
+    assert all(line["quality/seconds"] > 0 for line in lines if line["step"] != 3)
+    written = sorted(path.name for path in (tmp_path / "run" / "quality").iterdir())
+    assert written == ["0000002.json", "0000002.png", "0000004.json", "0000004.png"]
+    assert "quality at step 4, by EfficientNet-lite0 (6 pictures, " in capsys.readouterr().out
+
+
 def test_a_window_of_steps_is_traced_on_request(root, tmp_path, capsys):
     train.train(get_config(root, steps=4, save_every=4), tmp_path, profile="2:2")
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

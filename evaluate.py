@@ -1,0 +1,195 @@
+"""Measures drawn pictures: a checkpoint, real pictures => a table, quality.json, a contact sheet.
+
+    python evaluate.py --captions_per_group=24
+    python evaluate.py --checkpoint=runs/mine --step=best --captions_per_group=370 --out=quality
+
+Without --checkpoint it measures the weights that come with the package. A run's own config says
+which pictures it was trained on; of an exported model --pictures must. docs/quality.md says what
+each figure means.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from configs import emoji
+from encode import get_pictures
+from ldm_jax import models, quality, report, sampler
+from ldm_jax.alignment import load_clip_score
+from ldm_jax.compiled import keep_compiled
+from ldm_jax.encoders import load_vae
+from ldm_jax.features import load_extractor
+from ldm_jax.pictures import read_folder
+from ldm_jax.text import load_text_encoder
+
+
+def evaluate(
+    out: str | Path,
+    *,
+    checkpoint_folder: str | Path | None = None,
+    checkpoint_step: str | int = "last",
+    pictures: str | Path | None = None,
+    captions_per_group: int = 64,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    features: str = "efflite0",
+    clip: str = "",
+    ends: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, dict[str, dict]]:
+    """Draws captions of each group, measures them, and writes quality.json and sheet.png to `out`.
+
+    The captions and the noise that each starts from depend on `seed` and the pictures alone, so
+    that two checkpoints draw the same.
+
+    Returns:
+        The figures, by group and source, see `quality.measure`.
+
+    Raises:
+        ValueError: for settings that do not exist, encoders that are not those of the training, or
+            pictures of which too few are trained on or held out.
+        OSError: if the checkpoint, a picture or the weights of the features are missing.
+    """
+    model = models.load_model(checkpoint_folder, checkpoint_step)
+    overrides = {"diffusion_steps": steps, "class_guidance": guidance}
+    settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
+    diffuser = sampler.get_diffuser(quality.in_float32_on_cpu(model.denoiser), **settings)
+    clip_score = load_clip_score(clip) if clip else None
+    extractor = load_extractor(features)
+    folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
+    listed = read_folder(folder)
+    quality.choose_captions(listed, captions_per_group, seed)  # Raises before the long part.
+    vae = _load(load_vae, model.meta["vae"])
+    text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
+    shape = tuple(model.meta["latent_shape"])
+    exam = quality.create_exam(
+        listed,
+        extractor,
+        shape[0] * vae.downsampling,
+        captions_per_group,
+        seed,
+        clip_score,
+        progress,
+    )
+
+    # Drawing.
+    began, drawn = time.perf_counter(), {}
+    for split in exam.chosen:
+        labels = text_encoder(exam.captions(split))
+        latents = quality.draw_latents(
+            diffuser, labels, exam.seeds[split], shape, batch_size, progress
+        )
+        latents = np.asarray(model.scale.restore(jnp.asarray(latents)))
+        drawn[split] = vae.decode(latents, as_bytes=True)
+    seconds = time.perf_counter() - began
+
+    # Measuring.
+    figures = quality.measure(exam, drawn)
+    if ends:
+        for split, sources in quality.measure_ends(exam, vae, text_encoder).items():
+            figures[split] |= sources
+    told = {
+        "checkpoint": str(checkpoint_folder or "bundled"),
+        "step": checkpoint_step,
+        "features": extractor.title,
+        "features_sha256": extractor.identity["sha256"],
+        "pictures": len(exam.pictures),
+        "captions_per_group": captions_per_group,
+        "seed": seed,
+        "sampling": settings,
+        "near_copy": quality.NEAR,
+        "seconds_of_drawing": round(seconds, 1),
+    }
+    out = Path(out).expanduser()
+    report.save_report(out / "quality.json", figures, told)
+    report.save_sheet(out / "sheet.png", exam, drawn, told)
+    return figures
+
+
+def find_pictures(checkpoint_folder: str | Path | None, progress: bool = True) -> Path:
+    """The pictures that a run was trained on, as its config.json says, or the bundled weights.
+
+    Raises:
+        ValueError: if there is no config.json, or the run had latents without pictures.
+    """
+    if checkpoint_folder is None:
+        return get_pictures(emoji.get_config(), progress)
+    run = Path(checkpoint_folder).expanduser().resolve()
+    run = run.parent if run.name == "checkpoints" else run
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--pictures must name the folder of pictures, {run} has no config.json")
+    config: Any = ConfigDict(json.loads(path.read_text()))
+    if config.data.source == "npy":
+        raise ValueError(f"--pictures must name the folder of pictures, {run} was trained on .npy")
+    return get_pictures(config, progress)
+
+
+def _load(load: Callable, identity: dict) -> Any:
+    """Loads an encoder by its name and makes sure that its weights are the training's."""
+    encoder = load(identity["name"])
+    if identity.get("sha256") not in (None, encoder.identity["sha256"]):
+        raise ValueError(
+            f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
+            f"the one found here has {encoder.identity['sha256']}"
+        )
+    return encoder
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"flags must look like --captions_per_group=24, got {argv[1:]}")
+    f = flags.FLAGS
+    if f.verbosity <= 0:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells each of its steps as "info".
+    print(keep_compiled(), flush=True)
+    began = time.perf_counter()
+    try:
+        figures = evaluate(
+            f.out,
+            checkpoint_folder=f.checkpoint,
+            checkpoint_step=f.step,
+            pictures=f.pictures,
+            captions_per_group=f.captions_per_group,
+            seed=f.seed,
+            steps=f.steps,
+            guidance=f.guidance,
+            features=f.features,
+            clip=f.clip,
+            ends=f.ends,
+            batch_size=f.batch_size,
+        )
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
+        raise SystemExit(f"evaluate.py: {error}") from error
+    print(report.format_table(figures))
+    print(
+        f"features: {f.features}; 95 % intervals; near copy: within {quality.NEAR} of a training "
+        f"picture; {time.perf_counter() - began:.0f} s"
+    )
+    print(f"quality.json and sheet.png in {Path(f.out).resolve()}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("checkpoint", None, "a run's workdir or an exported model")
+    flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
+    flags.DEFINE_string("pictures", None, "folder of the real pictures; default: the run's own")
+    flags.DEFINE_integer("captions_per_group", 64, "drawn of each group, at most", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "chooses the captions, and the noise of each", lower_bound=0)
+    flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
+    flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
+    flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
+    flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
+    flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")
+    flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
+    flags.DEFINE_string("out", "quality", "folder for quality.json and sheet.png")
+    app.run(main)
