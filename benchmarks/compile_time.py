@@ -94,6 +94,7 @@ def measure_fresh(arguments: list[str], cache: Path) -> dict[str, float]:
         subprocess.CalledProcessError: if the process fails; its output is printed.
     """
     environment = os.environ | {
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
