@@ -9,6 +9,7 @@ VAE, text encoder and scale of the latents it needs.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
@@ -17,7 +18,19 @@ from ldm_jax import models, sampler
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
+from ldm_jax.schedules import SCHEDULES
+from ldm_jax.solvers import METHODS
 from ldm_jax.text import check_prompt, load_text_encoder
+
+# Flags => arguments of `get_diffuser`.
+SETTINGS = {
+    "steps": "diffusion_steps",
+    "guidance": "class_guidance",
+    **{
+        name: name
+        for name in ("guidance_interval", "guidance_rescale", "method", "eta", "schedule")
+    },
+}
 
 
 def sample(
@@ -28,48 +41,64 @@ def sample(
     checkpoint_step: str | int = "last",
     num: int = 1,
     seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
+    negative_prompt: str | None = None,
+    guide_folder: str | Path | None = None,
+    guide_step: str | int = "last",
     batch_size: int = 16,
     vae_dtype: str = "float32",
+    **settings: Any,
 ) -> list[Path]:
     """Draws `num` pictures for each prompt and writes them, and "grid.png", to `out`.
 
     Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
-    The PNG files carry prompt, seed and settings as text. With a `vae_dtype` of "bfloat16" a GPU
-    decodes faster, at some 55 dB from the float32 pictures (the bundled VAE).
+    The PNG files carry prompt, seed and settings as text; `settings` are arguments of
+    `get_diffuser` in the place of the checkpoint's own. Guidance leads away from no text, from
+    `negative_prompt`, or from what a weaker checkpoint in `guide_folder` estimates. With a
+    `vae_dtype` of "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures (the
+    bundled VAE).
 
     Raises:
-        ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), or encoders that are
-            not those of the training.
+        ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), settings that do not
+            exist or go together, a guide of another model, or encoders that are not those of the
+            training.
     """
     if not prompts:
         raise ValueError("at least one prompt is needed, got none")
-    for prompt in prompts:
+    negative_prompts = [] if negative_prompt is None else [negative_prompt]
+    for prompt in [*prompts, *negative_prompts]:
         check_prompt(prompt)
+    if guide_folder is not None and negative_prompts:
+        raise ValueError("a guide and a negative prompt do not go together: choose one")
     model = models.load_model(checkpoint_folder, checkpoint_step)
-    overrides = {"diffusion_steps": steps, "class_guidance": guidance}
-    settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
-    diffuser = sampler.get_diffuser(model.denoiser, **settings)
+    settings = model.meta["sampling"] | settings
+    guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
+    diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
     text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
     vae = _load(load_vae, model.meta["vae"], dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
     labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
+    negative_labels = None
+    if negative_prompts:
+        negative_labels = np.repeat(text_encoder(negative_prompts), len(captions), axis=0)
     picture_seeds = np.tile(np.arange(seed, seed + num), len(prompts))
     noise = sampler.sample_seeds(picture_seeds, tuple(model.meta["latent_shape"]))
+    keys = sampler.get_picture_keys(picture_seeds)
 
     images = []
     for i in range(0, len(captions), batch_size):
         part = slice(i, i + batch_size)
-        latents = model.scale.restore(diffuser.reverse_diffusion(noise[part], labels[part]))
-        images.append(vae.decode(np.asarray(latents), as_bytes=True))
+        negative = None if negative_labels is None else negative_labels[part]
+        latents = diffuser.reverse_diffusion(noise[part], labels[part], negative, keys[part])
+        images.append(vae.decode(np.asarray(model.scale.restore(latents)), as_bytes=True))
     images = np.concatenate(images)
 
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
+    described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
+    described |= {"guide": f"{guide_folder}, step {guide_step}"} if guide else {}
     paths, metadata = [], []
     for i, (caption, picture_seed) in enumerate(zip(captions, picture_seeds)):
         paths.append(out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png")
@@ -77,6 +106,18 @@ def sample(
     save_pngs(paths, images, metadata)
     save_grid(out / "grid.png", images, captions, columns=num if num > 1 else min(8, len(captions)))
     return paths
+
+
+def _load_guide(folder, step, model):
+    """A weaker denoiser for the same latents and texts."""
+    guide = models.load_model(folder, step)
+    for part in ("vae", "text_encoder", "std_latent", "mean_latent"):
+        if guide.meta[part] != model.meta[part]:
+            raise ValueError(
+                f"the guide in {folder} belongs to other data: its {part} is {guide.meta[part]}, "
+                f"the checkpoint's is {model.meta[part]}"
+            )
+    return guide.denoiser
 
 
 def _load(load, identity, **options):
@@ -95,6 +136,15 @@ def _file_stem(prompt):
     return re.sub(r"\W+", "-", prompt).strip("-").lower()[:60] or "picture"
 
 
+def _get_settings(f):
+    """The arguments of `get_diffuser` that the command line gives."""
+    settings = {name: f[flag].value for flag, name in SETTINGS.items()}
+    settings = {name: value for name, value in settings.items() if value not in (None, [])}
+    if "guidance_interval" in settings:
+        settings["guidance_interval"] = [float(level) for level in settings["guidance_interval"]]
+    return settings
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"prompts are given by --prompt=..., got {argv[1:]}")
@@ -110,10 +160,12 @@ def main(argv):
             checkpoint_step=f.step,
             num=f.num,
             seed=f.seed,
-            steps=f.steps,
-            guidance=f.guidance,
+            negative_prompt=f.negative_prompt,
+            guide_folder=f.guide,
+            guide_step=f.guide_step,
             batch_size=f.batch_size,
             vae_dtype=f.vae_dtype,
+            **_get_settings(f),
         )
     except (ValueError, OSError, ImportError) as error:
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
@@ -127,8 +179,17 @@ if __name__ == "__main__":
     flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
     flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + 1")
-    flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
-    flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
+    # Without one of these the checkpoint's own setting counts.
+    flags.DEFINE_integer("steps", None, "noise levels")
+    flags.DEFINE_float("guidance", None, "weight of the text")
+    flags.DEFINE_list("guidance_interval", None, "noise levels where guidance counts, as 0.1,0.8")
+    flags.DEFINE_float("guidance_rescale", None, "how much guided estimates keep their spread")
+    flags.DEFINE_enum("method", None, METHODS, "how to walk from noise to latents")
+    flags.DEFINE_float("eta", None, "fresh noise of the method ddim, from 0 to 1")
+    flags.DEFINE_enum("schedule", None, SCHEDULES, "which noise levels")
+    flags.DEFINE_string("negative_prompt", None, "what guidance leads away from")
+    flags.DEFINE_string("guide", None, "a weaker checkpoint that guidance leads away from")
+    flags.DEFINE_string("guide_step", "last", "of the guide, as --step")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_enum("vae_dtype", "float32", DTYPES, "of the decoding's computation")
     flags.DEFINE_string("out", "pictures", "folder for the PNG files")

@@ -131,13 +131,14 @@ def _train(config, workdir, profile, preempted):
     captions = list(config.captions)
     labels = text_encoder(captions)
     seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
+    keys = sampler.get_picture_keys(range(len(captions)))
     gather = jax.jit(partial(sharding.gather, mesh))
 
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
         denoiser = sampler.Denoiser(network, gather(state.ema_variables))
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
-        latents = jax.jit(scale.restore)(diffuser.reverse_diffusion(seeds, labels))
+        latents = jax.jit(scale.restore)(diffuser.reverse_diffusion(seeds, labels, keys=keys))
         if leader:
             images = vae.decode(jax.device_get(latents))
             save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)

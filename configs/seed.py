@@ -71,6 +71,10 @@ def get_config():
     config.sampling.mixture = "convex"
     config.sampling.schedule = "cube_root"
     config.sampling.perc = 99.5
+    config.sampling.method = "ddim"  # euler_ancestral, heun or dpm_solver_pp_2m
+    config.sampling.eta = 0.0  # fresh noise of ddim
+    config.sampling.guidance_interval = (0.0, 1.0)  # noise levels at which guidance counts
+    config.sampling.guidance_rescale = 0.0
     # Drawn while training, always from the same seeds.
     config.captions = (
         "a red apple",

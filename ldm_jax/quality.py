@@ -168,7 +168,8 @@ def draw_latents(
     for i in tqdm(range(0, len(labels), batch_size), desc="drawing", disable=not progress):
         rows = np.minimum(np.arange(i, i + batch_size), len(labels) - 1)
         noise = np.asarray(sampler.sample_seeds(seeds[rows], latent_shape))
-        latents.append(np.asarray(diffuser.reverse_diffusion(noise, labels[rows])))
+        keys = sampler.get_picture_keys(seeds[rows])
+        latents.append(np.asarray(diffuser.reverse_diffusion(noise, labels[rows], keys=keys)))
     return np.concatenate(latents)[: len(labels)]
 
 

@@ -9,34 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import folding
+from ldm_jax import folding, solvers
 from ldm_jax.noising import SignalRule
-
-SCHEDULES = ("cube_root", "angle")
-
-
-def get_noise_levels(diffusion_steps: int, schedule: str = "cube_root") -> np.ndarray:
-    """The decreasing noise levels that reverse diffusion visits, float32.
-
-    "cube_root", the original's: 1 - t^(1/3) for t in arange(1e-4, 0.99, 1 / steps), the last level
-    set to 0.01. "angle": sin of `diffusion_steps` angles, equally spaced, from level 0.999 to 0.01.
-    The network sees all levels but the last.
-
-    Raises:
-        ValueError: for fewer than 2 steps, or another schedule.
-    """
-    if diffusion_steps < 2:
-        raise ValueError(f"diffusion_steps must be at least 2, got {diffusion_steps}")
-    if schedule == "cube_root":
-        levels = 1 - np.arange(1e-4, 0.99, 1 / diffusion_steps) ** (1 / 3)
-        levels[-1] = 0.01
-    elif schedule == "angle":
-        levels = np.sin(np.linspace(np.arcsin(0.999), np.arcsin(0.01), diffusion_steps))
-    else:
-        raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
-    return levels.astype(np.float32)
+from ldm_jax.schedules import get_noise_levels
 
 
 def dynamic_thresholding(
@@ -77,12 +54,21 @@ def sample_seeds(
     Raises:
         ValueError: for seeds outside that range, or none.
     """
+    return _draw_noise(_check_seeds(picture_seeds), tuple(latent_shape))
+
+
+def get_picture_keys(picture_seeds: Sequence[int] | np.ndarray) -> PRNGKeyArray:
+    """A key for each picture, for noise on the way; not the one that `sample_seeds` spends."""
+    return _derive_keys(_check_seeds(picture_seeds))
+
+
+def _check_seeds(picture_seeds):
     numbers = np.asarray(picture_seeds)
     if numbers.ndim != 1 or not numbers.size or not np.issubdtype(numbers.dtype, np.integer):
         raise ValueError(f"picture_seeds must be a sequence of integers, got {picture_seeds!r}")
     if numbers.min() < 0 or numbers.max() >= 2**32:
         raise ValueError(f"a picture's seed must lie in [0, 2^32), got {picture_seeds!r}")
-    return _draw_noise(jnp.asarray(numbers.astype(np.uint32)), tuple(latent_shape))
+    return jnp.asarray(numbers.astype(np.uint32))
 
 
 @partial(jax.jit, static_argnums=1)
@@ -90,6 +76,11 @@ def _draw_noise(picture_seeds, latent_shape):
     return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), latent_shape))(
         picture_seeds
     )
+
+
+@jax.jit
+def _derive_keys(picture_seeds):
+    return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(picture_seeds)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["network"])
@@ -147,26 +138,52 @@ def _batch(denoiser, labels):
     return estimate
 
 
+def guide(
+    preferred: Float[Array, "n h w c"],
+    other: Float[Array, "n h w c"],
+    weight: Float[Array, ""] | float,
+    rescale: Float[Array, ""] | float = 0.0,
+) -> Float[Array, "n h w c"]:
+    """w preferred + (1 - w) other (Ho & Salimans 2022), its spread drawn towards the preferred's.
+
+    Guidance makes estimates too bright and too dark. `rescale`, phi in [0, 1], mixes in, with that
+    weight, the same estimate at the standard deviation of `preferred`, sample by sample (Lin et al.
+    2024, eq. 15 and 16).
+    """
+    guided = weight * preferred + (1 - weight) * other
+    axes = tuple(range(1, guided.ndim))
+    ratio = jnp.std(preferred, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
+    return jnp.where(rescale > 0, guided * (rescale * ratio + (1 - rescale)), guided)
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["denoiser", "class_guidance"],
-    meta_fields=["diffusion_steps", "rule", "schedule", "perc"],
+    data_fields=["denoiser", "class_guidance", "guidance_interval", "guidance_rescale", "guide"],
+    meta_fields=["diffusion_steps", "rule", "schedule", "perc", "method", "eta"],
 )
 @dataclasses.dataclass(frozen=True)
 class Diffuser:
-    """Draws latents by reverse diffusion with classifier-free guidance. A pytree.
+    """Draws latents by reverse diffusion with guidance. A pytree.
 
-    New weights, another guidance weight or other prompts of the same number never retrace.
+    New weights, guidance weights, intervals or other prompts of the same number never retrace.
 
     Attributes:
         denoiser: a pytree that is called with (x_t, noise_levels, labels) and estimates x_0:
             a `Denoiser`, or any function wrapped in `jax.tree_util.Partial`.
         class_guidance: weight w of the text; 1 is no guidance, 0 ignores the text.
-        diffusion_steps: number of noise levels; the network runs once less.
+        diffusion_steps: number of noise levels; the network runs once less (Heun: twice as often).
         rule: the signal rule of the update. The convex one is the original's, also for networks
             that were trained on the variance-preserving mixture.
         schedule: of `get_noise_levels`.
         perc: percentile of the dynamic thresholding.
+        method: how to walk, one of `solvers.METHODS`.
+        eta: share of fresh noise in the method "ddim", in [0, 1].
+        guidance_interval: lowest and highest noise level at which w counts; it is 1 elsewhere
+            (Kynkaanniemi et al. 2024).
+        guidance_rescale: phi of `guide`, in [0, 1].
+        guide: a weaker denoiser, an earlier or smaller checkpoint, which estimates with the text
+            what the denoiser is led away from (autoguidance, Karras et al. 2024). Without one it is
+            the denoiser itself without the text.
     """
 
     denoiser: Callable
@@ -175,12 +192,18 @@ class Diffuser:
     rule: SignalRule = SignalRule("convex")
     schedule: str = "cube_root"
     perc: float = 99.5
+    method: str = "ddim"
+    eta: float = 0.0
+    guidance_interval: tuple[Any, Any] = (0.0, 1.0)
+    guidance_rescale: Float[Array, ""] | float = 0.0
+    guide: Callable | None = None
 
     def predict_x_zero(
         self,
         x_t: Float[Array, "n h w c"],
         labels: Float[Array, "n *t e"],
         noise_level: Float[Array, ""] | float,
+        negative_labels: Float[Array, "n *t e"] | None = None,
     ) -> Float[Array, "n h w c"]:
         """The guided, thresholded estimate of the clean latents, w text + (1 - w) none.
 
@@ -188,45 +211,56 @@ class Diffuser:
             x_t: noisy latents.
             labels: text embeddings.
             noise_level: a, the same for all samples.
+            negative_labels: embeddings of what to be led away from, in the place of no text.
         """
-        return self._guide(self._get_estimator(labels), x_t, noise_level)
+        return self._get_estimate(labels, negative_labels)(x_t, noise_level)
 
-    def _get_estimator(self, labels):
-        """Estimates with the text and without it."""
-        return get_estimator(self.denoiser, jnp.stack([labels, jnp.zeros_like(labels)]))
+    def _get_estimate(self, labels, negative_labels):
+        """estimate(x_t, noise_level), guided and thresholded."""
+        other_labels = jnp.zeros_like(labels) if negative_labels is None else negative_labels
+        if self.guide is None:
+            both = get_estimator(self.denoiser, jnp.stack([labels, other_labels]))
+        else:
+            if negative_labels is not None:
+                raise ValueError("negative labels do not go with a guide, which sees the text")
+            pair = [get_estimator(d, labels[None]) for d in (self.denoiser, self.guide)]
+            both = lambda x_t, level: [estimate(x_t, level)[0] for estimate in pair]  # noqa: E731
 
-    def _guide(self, estimate, x_t, noise_level):
-        with_text, without = estimate(x_t, noise_level)
-        w = self.class_guidance
-        return dynamic_thresholding(w * with_text + (1 - w) * without, self.perc)
+        def estimate(x_t, level):
+            low, high = self.guidance_interval
+            weight = jnp.where((low <= level) & (level <= high), self.class_guidance, 1.0)
+            preferred, other = both(x_t, level)
+            guided = guide(preferred, other, weight, self.guidance_rescale)
+            return dynamic_thresholding(guided, self.perc)
+
+        return estimate
 
     @jax.jit
     def reverse_diffusion(
-        self, seeds: Float[Array, "n h w c"], labels: Float[Array, "n *t e"]
+        self,
+        seeds: Float[Array, "n h w c"],
+        labels: Float[Array, "n *t e"],
+        negative_labels: Float[Array, "n *t e"] | None = None,
+        keys: PRNGKeyArray | None = None,
     ) -> Float[Array, "n h w c"]:
         """Walks noise back to latents in [-1, 1]; the last estimate of x_0 is the result.
 
         Args:
             seeds: noise to start from, N(0, I), as `sample_seeds` draws it.
             labels: text embeddings, one for each seed; zeros for no text.
+            negative_labels: see `predict_x_zero`.
+            keys: of `get_picture_keys`, for methods that draw noise on the way.
 
         Raises:
-            ValueError: if the numbers of seeds and labels differ.
+            ValueError: if the numbers of seeds and labels differ, or keys are missing.
         """
         if seeds.shape[0] != labels.shape[0]:
             raise ValueError(f"got {seeds.shape[0]} seeds for {labels.shape[0]} labels")
         levels = jnp.asarray(get_noise_levels(self.diffusion_steps, self.schedule))
-        estimate = self._get_estimator(labels)
-
-        def step(carry, pair):
-            x_t, _ = carry  # noisy latents at the level, the latest estimate of x_0
-            level, next_level = pair
-            x_zero = self._guide(estimate, x_t, level)
-            return (self.rule.update(x_t, x_zero, level, next_level), x_zero), None
-
-        start = (seeds, jnp.zeros_like(seeds))
-        (_, x_zero), _ = jax.lax.scan(step, start, (levels[:-1], levels[1:]))
-        return x_zero
+        estimate = self._get_estimate(labels, negative_labels)
+        return solvers.walk(
+            self.method, estimate, self.rule, seeds, levels, eta=self.eta, keys=keys
+        )
 
 
 def get_diffuser(
@@ -237,6 +271,11 @@ def get_diffuser(
     mixture: str = "convex",
     schedule: str = "cube_root",
     perc: float = 99.5,
+    method: str = "ddim",
+    eta: float = 0.0,
+    guidance_interval: Sequence[float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+    guide: Callable | None = None,
 ) -> Diffuser:
     """A Diffuser from plain settings, as configs and checkpoints hold them.
 
@@ -244,12 +283,36 @@ def get_diffuser(
     "variance_preserving" update B. See `Diffuser` for the rest.
 
     Raises:
-        ValueError: for a guidance weight that is not finite, too few steps, or unknown names.
+        ValueError: for a guidance weight that is not finite, too few steps, numbers outside their
+            ranges, or unknown names.
     """
     if not np.isfinite(class_guidance):
         raise ValueError(f"class_guidance must be a finite number, got {class_guidance}")
     if not 0 <= perc <= 100:
         raise ValueError(f"perc must lie in [0, 100], got {perc}")
+    for name, value in (("eta", eta), ("guidance_rescale", guidance_rescale)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    interval = tuple(float(level) for level in guidance_interval)
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise ValueError(
+            f"guidance_interval must be two levels, 0 <= low <= high <= 1, got {guidance_interval}"
+        )
+    if method not in solvers.METHODS:
+        raise ValueError(f"method must be one of {solvers.METHODS}, got {method!r}")
+    if eta and method != "ddim":
+        raise ValueError(f"eta belongs to the method 'ddim', got eta={eta} with {method!r}")
     get_noise_levels(diffusion_steps, schedule)  # Raises for steps or schedules that do not exist.
-    rule = SignalRule(mixture)
-    return Diffuser(denoiser, class_guidance, diffusion_steps, rule, schedule, perc)
+    return Diffuser(
+        denoiser,
+        class_guidance,
+        diffusion_steps,
+        SignalRule(mixture),
+        schedule,
+        perc,
+        method,
+        eta,
+        interval,
+        guidance_rescale,
+        guide,
+    )

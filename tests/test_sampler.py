@@ -187,6 +187,11 @@ def test_the_defaults_are_the_originals():
             "rule": {"mixture": "convex"},
             "schedule": "cube_root",
             "perc": 99.5,
+            "method": "ddim",
+            "eta": 0.0,
+            "guidance_interval": (0.0, 1.0),
+            "guidance_rescale": 0.0,
+            "guide": None,
         }
 
 

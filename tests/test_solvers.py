@@ -1,0 +1,222 @@
+"""Each method walks as its equations say; on Gaussian data the exact walk is known."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+from ldm_jax import solvers
+from ldm_jax.noising import SignalRule
+from ldm_jax.sampler import Diffuser, get_diffuser, get_picture_keys, guide, sample_seeds
+from ldm_jax.schedules import SCHEDULES, get_noise_levels
+
+SHAPE = (4, 4, 2)
+MEAN, SPREAD = 0.3, 0.5  # Of the data, N(MEAN, SPREAD^2).
+RULES = [SignalRule("variance_preserving"), SignalRule("convex")]
+
+
+def estimate_exactly(rule):
+    """E[x_0 | x_t] for Gaussian data: regression of x_0 on x_t."""
+
+    def estimate(x_t, level):
+        g = rule.signal_levels(level)
+        gain = g * SPREAD**2 / (g**2 * SPREAD**2 + level**2)
+        return MEAN + gain * (x_t - g * MEAN)
+
+    return estimate
+
+
+def solve_exactly(rule, x_t, levels):
+    """The last estimate; dy/dr is solved by y - MEAN that grows as sqrt(SPREAD^2 + r^2)."""
+    first, last = levels[0], levels[-2]
+    ratio = lambda a: a / rule.signal_levels(a)  # noqa: E731
+    y = MEAN + (x_t / rule.signal_levels(first) - MEAN) * np.sqrt(
+        (SPREAD**2 + ratio(last) ** 2) / (SPREAD**2 + ratio(first) ** 2)
+    )
+    return estimate_exactly(rule)(rule.signal_levels(last) * y, last)
+
+
+def get_error(method, rule, steps):
+    levels = jnp.sin(jnp.linspace(1.3, 0.1, steps + 2))  # The last one is not visited.
+    x_t = jnp.asarray(np.random.default_rng(0).normal(size=(3, *SHAPE)))
+    found = jax.jit(lambda x: solvers.walk(method, estimate_exactly(rule), rule, x, levels))(x_t)
+    return float(jnp.abs(found - solve_exactly(rule, x_t, levels)).max())
+
+
+@pytest.fixture
+def double_precision():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.mixture)
+@pytest.mark.parametrize("method, order", [("ddim", 1), ("heun", 2), ("dpm_solver_pp_2m", 2)])
+def test_method_converges_with_its_order(double_precision, method, order, rule):
+    errors = [get_error(method, rule, steps) for steps in (160, 320, 640)]
+    orders = np.log2(np.divide(errors[:-1], errors[1:]))
+    np.testing.assert_allclose(orders, order, atol=0.15)
+
+
+def test_higher_order_needs_fewer_steps(double_precision):
+    errors = {m: get_error(m, RULES[0], 20) for m in ("ddim", "heun", "dpm_solver_pp_2m")}
+    assert errors["heun"] < errors["dpm_solver_pp_2m"] < errors["ddim"] / 5
+
+
+@pytest.mark.parametrize("method", ["ddim", "heun"])
+def test_walk_equals_a_loop_in_numpy(double_precision, method):
+    """The loop is algorithm 1 of Karras et al. 2022, without its second slope for DDIM."""
+    rule = RULES[0]
+    levels = get_noise_levels(9, "karras").astype(np.float64)
+    estimate, x_t = estimate_exactly(rule), np.random.default_rng(1).normal(size=(2, *SHAPE))
+    ratios = levels / np.sqrt(1 - levels**2)
+    g = np.sqrt(1 - levels**2)
+    y = x_t / g[0]
+    for i in range(7):
+        slope = (y - np.asarray(estimate(g[i] * y, levels[i]))) / ratios[i]
+        ahead = y + (ratios[i + 1] - ratios[i]) * slope
+        if method == "heun":
+            there = np.asarray(estimate(g[i + 1] * ahead, levels[i + 1]))
+            slope = (slope + (ahead - there) / ratios[i + 1]) / 2
+        y = y + (ratios[i + 1] - ratios[i]) * slope
+    expected = estimate(g[7] * y, levels[7])
+    found = solvers.walk(method, estimate, rule, jnp.asarray(x_t), jnp.asarray(levels))
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+
+
+def test_ancestral_steps_keep_the_distribution_of_the_data(double_precision):
+    """With the exact estimate each step leads from the marginal of one level to that of the next;
+    the last estimate is E[x_0 | x_t], of which the variance is known.
+    """
+    rule, n = RULES[0], 4000
+    levels = jnp.sin(jnp.linspace(1.5, 0.2, 60))
+    keys = get_picture_keys(range(n))
+    x_t = jnp.asarray(np.random.default_rng(2).normal(size=(n, *SHAPE)))
+    walk = jax.jit(
+        lambda x: solvers.walk(
+            "euler_ancestral", estimate_exactly(rule), rule, x, levels, keys=keys
+        )
+    )
+    found = walk(x_t)
+    ratio = float(levels[-2] / rule.signal_levels(levels[-2]))
+    variance = SPREAD**4 / (SPREAD**2 + ratio**2)
+    assert abs(float(found.mean()) - MEAN) < 0.01
+    np.testing.assert_allclose(float(found.std()), np.sqrt(variance), rtol=0.05)
+
+
+def test_noise_on_the_way_belongs_to_the_picture():
+    def draw(picture_seeds):
+        seeds, keys = sample_seeds(picture_seeds, SHAPE), get_picture_keys(picture_seeds)
+        diffuser = get_diffuser(Partial(halve), method="euler_ancestral", diffusion_steps=6)
+        labels = jnp.ones((len(picture_seeds), 12))
+        return diffuser.reverse_diffusion(seeds, labels, keys=keys)
+
+    np.testing.assert_allclose(draw([5, 6, 7])[1:2], draw([6]), atol=1e-6)
+    assert float(jnp.abs(draw([5]) - draw([6])).max()) > 0.01
+
+
+def test_eta_leads_from_ddim_to_euler_ancestral():
+    seeds, keys = sample_seeds([1, 2], SHAPE), get_picture_keys([1, 2])
+    labels = jnp.ones((2, 12))
+
+    def draw(**settings):
+        diffuser = get_diffuser(Partial(halve), diffusion_steps=6, **settings)
+        return diffuser.reverse_diffusion(seeds, labels, keys=keys)
+
+    ancestral = draw(method="euler_ancestral")
+    np.testing.assert_allclose(draw(method="ddim", eta=1.0), ancestral, atol=1e-6)
+    np.testing.assert_allclose(draw(method="ddim", eta=1e-6), draw(method="ddim"), atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_levels_fall_to_the_last(schedule):
+    levels = get_noise_levels(12, schedule)
+    assert levels.dtype == np.float32 and len(levels) == 12
+    assert np.all(np.diff(levels) < 0) and levels[-1] == np.float32(0.01)
+
+
+def test_karras_levels_equal_their_equation():
+    ratios = np.tan(np.arcsin(get_noise_levels(10, "karras").astype(np.float64)))
+    high, low = np.tan(np.arcsin(0.999)), np.tan(np.arcsin(0.01))
+    i = np.arange(10) / 9
+    expected = (high ** (1 / 7) + i * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+    np.testing.assert_allclose(ratios, expected, rtol=1e-4)
+
+
+def halve(x_t, noise_levels, labels):
+    """A denoiser that looks at its latents and at the first number of its label."""
+    return 0.5 * x_t + 0.1 * labels[:, :1, None, None]
+
+
+def draw_pair():
+    rng = np.random.default_rng(3)
+    return (jnp.asarray(rng.normal(size=(3, *SHAPE)) * s, jnp.float32) for s in (0.4, 0.7))
+
+
+def test_guide_equals_its_equations():
+    preferred, other = (np.asarray(x) for x in draw_pair())
+    guided = 3 * preferred - 2 * other
+    np.testing.assert_allclose(guide(preferred, other, 3.0), guided, rtol=1e-5)
+    for i in range(3):  # Lin et al. 2024, eq. 15 and 16, in numpy, picture by picture.
+        rescaled = guided[i] * preferred[i].std() / guided[i].std()
+        expected = 0.7 * rescaled + 0.3 * guided[i]
+        found = guide(preferred, other, 3.0, 0.7)[i]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_guidance_counts_inside_its_interval_alone():
+    x_t, labels = sample_seeds([1, 2], SHAPE) / 4, jnp.ones((2, 12))
+    diffuser = get_diffuser(Partial(halve), class_guidance=3.0, guidance_interval=(0.2, 0.6))
+    guided, plain = 0.5 * x_t + 0.3, 0.5 * x_t + 0.1
+    for level, expected in ((0.1, plain), (0.4, guided), (0.8, plain)):
+        found = diffuser.predict_x_zero(x_t, labels, level)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_negative_labels_stand_in_for_no_text():
+    x_t, labels = sample_seeds([1, 2], SHAPE) / 4, jnp.ones((2, 12))
+    diffuser = get_diffuser(Partial(halve), class_guidance=3.0)
+    found = diffuser.predict_x_zero(x_t, labels, 0.4, negative_labels=2 * labels)
+    np.testing.assert_allclose(found, 0.5 * x_t + 3 * 0.1 - 2 * 0.2, atol=1e-6)
+
+
+def test_autoguidance_leads_away_from_the_guide():
+    x_t, labels = sample_seeds([1, 2], SHAPE) / 4, jnp.ones((2, 12))
+    weaker = Partial(lambda x, a, text: 0.4 * x)
+    diffuser = get_diffuser(Partial(halve), class_guidance=2.0, guide=weaker)
+    found = diffuser.predict_x_zero(x_t, labels, 0.4)
+    np.testing.assert_allclose(found, 2 * (0.5 * x_t + 0.1) - 0.4 * x_t, atol=1e-6)
+    with pytest.raises(ValueError, match="negative labels do not go with a guide"):
+        diffuser.predict_x_zero(x_t, labels, 0.4, negative_labels=labels)
+
+
+def test_new_guidance_never_retraces():
+    sample = jax.jit(chex.assert_max_traces(Diffuser.predict_x_zero, n=1))
+    x_t, labels = sample_seeds([1, 2], SHAPE), jnp.ones((2, 12))
+    kinds = [dict(), dict(guidance_rescale=0.7), dict(guidance_interval=(0.1, 0.5)), dict()]
+    for w, settings in zip((1.0, 4.0, 7.0, 2.0), kinds):
+        diffuser = get_diffuser(Partial(halve), class_guidance=w, **settings)
+        sample(diffuser, x_t, labels, jnp.float32(0.3))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "euler"}, "method must be one of"),
+        ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+        ({"eta": 0.5, "method": "heun"}, "eta belongs to the method 'ddim'"),
+        ({"guidance_rescale": -1}, r"guidance_rescale must lie in \[0, 1\], got -1"),
+        ({"guidance_interval": (0.5, 0.2)}, "0 <= low <= high <= 1"),
+        ({"schedule": "cosine"}, "schedule must be one of"),
+    ],
+)
+def test_wrong_settings_say_what_was_needed(settings, message):
+    with pytest.raises(ValueError, match=message):
+        get_diffuser(Partial(halve), **settings)
+
+
+def test_missing_keys_are_asked_for():
+    diffuser = get_diffuser(Partial(halve), method="euler_ancestral", diffusion_steps=4)
+    with pytest.raises(ValueError, match="draws noise and needs keys"):
+        diffuser.reverse_diffusion(sample_seeds([1], SHAPE), jnp.ones((1, 12)))
