@@ -128,3 +128,14 @@ def test_scaling_trains_samples_and_restores_on_several_devices(tmp_path):
 def test_scaling_trains_in_one_process_for_each_device(tmp_path):
     [row] = run_rows("scaling", tmp_path, "--parts=processes", "--devices=2")
     assert row["devices"] == 2 and row["img/s"] > 0 and row["messages MB"] > 0
+
+
+@pytest.mark.slow
+def test_solver_steps_compares_all_methods_and_schedules():
+    arguments = ("--evaluations=3,9", "--reference=5", "--captions=1")
+    table = read_table(run_benchmark("solver_steps", *arguments))
+    assert len(table) == 9
+    errors = {row: {k: float(v) for k, v in cells.items()} for row, cells in table.items()}
+    assert all(np.isfinite(list(cells.values())).all() for cells in errors.values())
+    # Nine evaluations of Heun on the reference's levels are the reference itself.
+    assert errors["heun, log_snr"]["9"] == 0 < errors["ddim, angle"]["9"]
