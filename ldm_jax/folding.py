@@ -18,7 +18,9 @@ from jaxtyping import Array, Float
 from ldm_jax.blocks import attend, sinusoidal_embedding, upsample
 
 EPSILON = 1e-3  # Of the batch norms, see norms.py.
-MATRIX_ROWS = 512  # Positions up to which matrix products are faster than a convolution.
+# Positions up to which matrix products are faster than a convolution; on a CPU they never are.
+MATRIX_ROWS = {"cpu": 0}
+OTHER_MATRIX_ROWS = 512
 _exactly = partial(jnp.matmul, precision="highest")
 
 
@@ -191,7 +193,7 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
     b, height, width, channels = x.shape
     if conv.kernel.ndim == 2:  # All positions to all positions.
         y = x.reshape(b, -1) @ conv.kernel
-    elif b * height * width <= MATRIX_ROWS:
+    elif b * height * width <= MATRIX_ROWS.get(jax.default_backend(), OTHER_MATRIX_ROWS):
         # A product for each of the nine shifts, side by side: one alone is too little for a GPU.
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

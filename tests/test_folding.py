@@ -55,7 +55,7 @@ def distance(found, expected):
 @pytest.mark.parametrize("rows", [0, 10**6])
 @pytest.mark.parametrize("tokens", [(), (1,)])
 def test_folded_network_equals_the_network(monkeypatch, rows, tokens):
-    monkeypatch.setattr(folding, "MATRIX_ROWS", rows)  # Convolutions, then products.
+    monkeypatch.setitem(folding.MATRIX_ROWS, "cpu", rows)  # Convolutions, then products.
     network = get_network(**FIELDS)
     variables = create_variables(network)
     x_t, labels = draw_inputs(tokens=tokens)
