@@ -34,6 +34,10 @@ _ARRAY_HANDLER: Any = ocp.type_handlers.get_type_handler(jax.Array)
 _ARRAY_HANDLER._min_slice_bytes_for_replica_parallel = 2**20
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
 class Checkpoints(ocp.CheckpointManager):
     """Orbax's manager. A save that failed in the background is told by whatever waits for it."""
 
@@ -41,7 +45,7 @@ class Checkpoints(ocp.CheckpointManager):
         """Waits for the save that is going on.
 
         Raises:
-            OSError: if it could not be written.
+            SaveError: if it could not be written.
         """
         try:
             super().wait_until_finished()
@@ -49,7 +53,7 @@ class Checkpoints(ocp.CheckpointManager):
             raise _get_save_error(self.directory, error) from error
 
     def check_last_save(self) -> None:
-        """Raises OSError if the last save has failed; does not wait for one that is going on."""
+        """Raises SaveError if the last save has failed; does not wait for one that is going on."""
         if not self.is_saving_in_progress():
             self.wait_until_finished()
 
@@ -116,7 +120,8 @@ def save_checkpoint(
         held_out_loss: of the averaged weights, by which the best checkpoint is known.
 
     Raises:
-        OSError: if the disk has no room for it, or the save before it failed.
+        OSError: if the disk has no room for it.
+        SaveError: if it could not be written, or the one before it.
         ValueError: if a checkpoint of this step or a later one is there, or a tensor is empty.
     """
     _check_space(manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
@@ -128,8 +133,8 @@ def save_checkpoint(
             args=ocp.args.Composite(**items),
             metrics={"held_out_loss": record["held_out_loss"]},
         )
-    except OSError:
-        raise
+    except SaveError:
+        raise  # Of the save before this one.
     except Exception as error:
         raise _get_save_error(manager.directory, error) from error
     if not saved:
@@ -260,8 +265,8 @@ def _check_space(folder: epath.Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"no room for a checkpoint: {fault}")
 
 
-def _get_save_error(folder: epath.Path, error: Exception) -> OSError:
-    return OSError(
+def _get_save_error(folder: epath.Path, error: Exception) -> SaveError:
+    return SaveError(
         f"a checkpoint could not be written to {folder}: {records.describe(error)}. Those saved "
         "before it are untouched"
     )

@@ -132,7 +132,7 @@ def test_scaling_trains_in_one_process_for_each_device(tmp_path):
 
 @pytest.mark.slow
 def test_solver_steps_compares_all_methods_and_schedules():
-    arguments = ("--evaluations=3,9", "--reference=5", "--captions=1")
+    arguments = ("--evaluations=3,9", "--reference=6", "--captions=1")
     table = read_table(run_benchmark("solver_steps", *arguments))
     assert len(table) == 9
     errors = {row: {k: float(v) for k, v in cells.items()} for row, cells in table.items()}

@@ -280,7 +280,7 @@ def test_a_disk_that_fills_ends_the_run_with_the_last_checkpoint_whole(tmp_path,
         [[sys.executable, "-c", FILL_THE_DISK.format(folder=str(folder))]]
     )[0]
     assert code == 1
-    assert f"OSError: a checkpoint could not be written to {folder}" in output
+    assert f"SaveError: a checkpoint could not be written to {folder}" in output
     assert "Those saved before it are untouched" in output
     chex.assert_trees_all_equal(restore(tmp_path, state), at_step(state, 1))
     assert warnings == []
