@@ -251,10 +251,9 @@ def test_without_room_on_the_disk_nothing_is_written(tmp_path, state, monkeypatc
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    message = f"{needed} bytes are needed, 1000 are free in {tmp_path}"
     with checkpoint.open_checkpoints(tmp_path) as manager:
-        with pytest.raises(
-            OSError, match=f"{needed} bytes are needed, 1000 are free in {tmp_path}"
-        ):
+        with pytest.raises(OSError, match=message):
             checkpoint.save_checkpoint(manager, state, create_meta())
     assert list(tmp_path.iterdir()) == []
 
@@ -276,9 +275,8 @@ with checkpoint.open_checkpoints({folder!r}) as manager:
 
 def test_a_disk_that_fills_ends_the_run_with_the_last_checkpoint_whole(tmp_path, state, warnings):
     folder = tmp_path / "checkpoints"
-    code, output = run_processes(
-        [[sys.executable, "-c", FILL_THE_DISK.format(folder=str(folder))]]
-    )[0]
+    script = FILL_THE_DISK.format(folder=str(folder))
+    [(code, output)] = run_processes([[sys.executable, "-c", script]])
     assert code == 1
     assert f"SaveError: a checkpoint could not be written to {folder}" in output
     assert "Those saved before it are untouched" in output
