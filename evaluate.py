@@ -10,7 +10,6 @@ each figure means.
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def evaluate(
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
     listed = read_folder(folder)
     quality.choose_captions(listed, captions_per_group, seed)  # Raises before the long part.
-    vae = _load(load_vae, model.meta["vae"])
-    text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
+    vae = models.load_encoder(load_vae, model.meta["vae"])
+    text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
     shape = tuple(model.meta["latent_shape"])
     exam = quality.create_exam(
         listed,
@@ -132,17 +131,6 @@ def find_pictures(checkpoint_folder: str | Path | None, progress: bool = True) -
     if config.data.source == "npy":
         raise ValueError(f"--pictures must name the folder of pictures, {run} was trained on .npy")
     return get_pictures(config, progress)
-
-
-def _load(load: Callable, identity: dict) -> Any:
-    """Loads an encoder by its name and makes sure that its weights are the training's."""
-    encoder = load(identity["name"])
-    if identity.get("sha256") not in (None, encoder.identity["sha256"]):
-        raise ValueError(
-            f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
-            f"the one found here has {encoder.identity['sha256']}"
-        )
-    return encoder
 
 
 def main(argv):

@@ -73,8 +73,8 @@ def sample(
     settings = model.meta["sampling"] | settings
     guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
     diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
-    text_encoder = _load(load_text_encoder, model.meta["text_encoder"])
-    vae = _load(load_vae, model.meta["vae"], dtype=vae_dtype)
+    text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
+    vae = models.load_encoder(load_vae, model.meta["vae"], dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
     labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
@@ -118,17 +118,6 @@ def _load_guide(folder, step, model):
                 f"the checkpoint's is {model.meta[part]}"
             )
     return guide.denoiser
-
-
-def _load(load, identity, **options):
-    """Loads an encoder by its name and makes sure that its weights are the training's."""
-    encoder = load(identity["name"], **options)
-    if identity.get("sha256") not in (None, encoder.identity["sha256"]):
-        raise ValueError(
-            f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
-            f"the one found here has {encoder.identity['sha256']}"
-        )
-    return encoder
 
 
 def _file_stem(prompt):

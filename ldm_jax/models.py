@@ -6,9 +6,9 @@ run's checkpoint the averaged weights alone are read; `export_model` writes them
 beside a JSON file.
 """
 
-import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ldm_jax import records
 from ldm_jax.latents import LatentScale
 from ldm_jax.sampler import Denoiser
+from ldm_jax.shards import file_digest
 from ldm_jax.unet import get_network
 
 FORMAT_VERSION = 2
@@ -143,6 +144,26 @@ def load_model(folder: str | os.PathLike | None = None, step: str | int = "last"
     return Model(Denoiser(network, variables), scale, meta)
 
 
+def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
+    """Loads an encoder by its name and makes sure that its weights are those of the training.
+
+    Args:
+        load: `load_vae` or `load_text_encoder`.
+        identity: "vae" or "text_encoder" of a model's meta.
+        options: of `load`.
+
+    Raises:
+        ValueError: if the weights found have another digest.
+    """
+    encoder = load(identity["name"], **options)
+    if identity.get("sha256") not in (None, encoder.identity["sha256"]):
+        raise ValueError(
+            f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
+            f"the one found here has {encoder.identity['sha256']}"
+        )
+    return encoder
+
+
 def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16") -> Path:
     """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded to `dtype`.
 
@@ -171,7 +192,7 @@ def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16"
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial)
     partial.replace(folder / WEIGHTS_FILE)
-    meta = model.meta | {"weights_sha256": _get_file_sha256(folder / WEIGHTS_FILE)}
+    meta = model.meta | {"weights_sha256": file_digest(folder / WEIGHTS_FILE)}
     # The meta file comes last: a folder that has one is whole.
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
     return folder
@@ -181,7 +202,7 @@ def _read_weights(path: Path, sha256: str | None) -> dict:
     from safetensors.numpy import load_file
 
     try:
-        if sha256 is not None and sha256 != _get_file_sha256(path):
+        if sha256 is not None and sha256 != file_digest(path):
             raise records.DamagedError(f"{path} differs from what was exported")
         tensors = load_file(path)
     except Exception as error:
@@ -190,11 +211,6 @@ def _read_weights(path: Path, sha256: str | None) -> dict:
     variables = unflatten_dict(tensors, sep="/")
     variables.setdefault("batch_stats", {})
     return jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), variables)
-
-
-def _get_file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _choose_step(folder: Path, step: str | int) -> int:
