@@ -298,10 +298,7 @@ def get_diffuser(
         raise ValueError(
             f"guidance_interval must be two levels, 0 <= low <= high <= 1, got {guidance_interval}"
         )
-    if method not in solvers.METHODS:
-        raise ValueError(f"method must be one of {solvers.METHODS}, got {method!r}")
-    if eta and method != "ddim":
-        raise ValueError(f"eta belongs to the method 'ddim', got eta={eta} with {method!r}")
+    solvers.check_method(method, eta)
     get_noise_levels(diffusion_steps, schedule)  # Raises for steps or schedules that do not exist.
     return Diffuser(
         denoiser,

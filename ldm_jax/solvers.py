@@ -43,10 +43,7 @@ def walk(
     Raises:
         ValueError: for other methods, eta where it has no meaning, or keys that are missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    if eta and method != "ddim":
-        raise ValueError(f"eta belongs to the method 'ddim', got eta={eta} with {method!r}")
+    check_method(method, eta)
     eta = 1.0 if method == "euler_ancestral" else eta
     if method == "heun":
         return heun(estimate, rule, x_t, levels)
@@ -57,6 +54,14 @@ def walk(
     if keys is None:
         raise ValueError(f"the method {method!r} with eta={eta} draws noise and needs keys")
     return ancestral(estimate, rule, x_t, levels, eta, keys)
+
+
+def check_method(method: str, eta: float) -> None:
+    """Raises ValueError for another method, or eta where it has no meaning."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if eta and method != "ddim":
+        raise ValueError(f"eta belongs to the method 'ddim', got eta={eta} with {method!r}")
 
 
 def ddim(
