@@ -18,17 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import (
-    checkpoint,
-    data,
-    feed,
-    forecast,
-    hosts,
-    models,
-    sampler,
-    sharding,
-    training,
-)
+from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
@@ -131,14 +121,15 @@ def _train(config, workdir, profile, preempted):
     captions = list(config.captions)
     labels = text_encoder(captions)
     seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
-    keys = sampler.get_picture_keys(range(len(captions)))
+    picture_keys = sampler.get_picture_keys(range(len(captions)))
     gather = jax.jit(partial(sharding.gather, mesh))
 
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
         denoiser = sampler.Denoiser(network, gather(state.ema_variables))
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
-        latents = jax.jit(scale.restore)(diffuser.reverse_diffusion(seeds, labels, keys=keys))
+        latents = diffuser.reverse_diffusion(seeds, labels, keys=picture_keys)
+        latents = jax.jit(scale.restore)(latents)
         if leader:
             images = vae.decode(jax.device_get(latents))
             save_grid(workdir / "samples" / f"{step:07d}.png", images, captions, columns=4)
@@ -177,8 +168,8 @@ def _train(config, workdir, profile, preempted):
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
     stop = preempted(start)
-    forward = count_flops(network, cache.latent_shape, cache.embedding_shape)
-    at_peak = get_images_at_peak(forward, list(mesh.devices.flat))
+    count_forward = partial(count_flops, network, cache.latent_shape, cache.embedding_shape)
+    at_peak = get_images_at_peak(count_forward, list(mesh.devices.flat))
     log = RunLog(workdir, config.steps, start, config.batch_size, leader, at_peak)
     with manager, log, window:
         for step in range(start + 1, config.steps + 1):

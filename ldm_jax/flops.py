@@ -1,7 +1,7 @@
 """A network => its arithmetic for one image, and how many images a second the devices' peak is."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,18 +30,19 @@ def count_flops(
     return _count(jax.make_jaxpr(network.apply)(variables, *inputs).jaxpr)
 
 
-def get_images_at_peak(forward: float, devices: Sequence[Any]) -> float | None:
+def get_images_at_peak(count_forward: Callable[[], float], devices: Sequence[Any]) -> float | None:
     """Images a second that a training step would take if the devices did nothing but multiply.
 
     Args:
-        forward: FLOPs of `count_flops`; a step has STEP times as many.
+        count_forward: gives the FLOPs of `count_flops`; a step has STEP times as many. Counting
+            takes a second, and is asked for where the peak is known alone.
         devices: of one kind.
 
     Returns:
         The images of all devices; None where the kind's peak is not known.
     """
     peak = get_peak(devices[0].device_kind)
-    return None if peak is None else len(devices) * peak / (STEP * forward)
+    return None if peak is None else len(devices) * peak / (STEP * count_forward())
 
 
 def _count(jaxpr: Any) -> float:

@@ -55,5 +55,5 @@ def test_peaks_go_by_the_names_of_devices():
     assert (get_peak("TPU v5 lite"), get_peak("TPU v5p")) == (197e12, 459e12)
     assert get_peak("NVIDIA H100 PCIe") is None and get_peak("cpu") is None
     pod = [SimpleNamespace(device_kind="TPU v4")] * 4
-    assert get_images_at_peak(1e9, pod) == 4 * 275e12 / 3e9
-    assert get_images_at_peak(1e9, jax.devices()) is None
+    assert get_images_at_peak(lambda: 1e9, pod) == 4 * 275e12 / 3e9
+    assert get_images_at_peak(lambda: 1e9, jax.devices()) is None
