@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax.blocks import attend, sinusoidal_embedding, upsample
+from ldm_jax.norms import EPSILON
 
-EPSILON = 1e-3  # Of the batch norms, see norms.py.
-# Positions up to which matrix products are faster than a convolution; on a CPU they never are.
-MATRIX_ROWS = {"cpu": 0}
-OTHER_MATRIX_ROWS = 512
+# Positions up to which matrix products are faster than a convolution, by JAX's backend.
+MATRIX_ROWS = {"cpu": 0, "gpu": 512, "tpu": 512}
 _exactly = partial(jnp.matmul, precision="highest")
 
 
@@ -193,7 +192,7 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
     b, height, width, channels = x.shape
     if conv.kernel.ndim == 2:  # All positions to all positions.
         y = x.reshape(b, -1) @ conv.kernel
-    elif b * height * width <= MATRIX_ROWS.get(jax.default_backend(), OTHER_MATRIX_ROWS):
+    elif b * height * width <= MATRIX_ROWS.get(jax.default_backend(), 0):
         # A product for each of the nine shifts, side by side: one alone is too little for a GPU.
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]

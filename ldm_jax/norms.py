@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 NORMS = ("batch", "group")
 GROUP_SIZE = 16
+EPSILON = 1e-3  # Of batch norms.
 
 
 def get_norm(
@@ -34,7 +35,7 @@ def get_norm(
             BatchNorm,
             use_running_average=not train,
             momentum=0.99,
-            epsilon=1e-3,
+            epsilon=EPSILON,
             dtype=dtype,
             axis_name=axis_name,
         )
@@ -60,7 +61,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool = True
     momentum: float = 0.99
-    epsilon: float = 1e-3
+    epsilon: float = EPSILON
     use_scale: bool = True
     use_bias: bool = True
     dtype: Any = jnp.float32
