@@ -276,9 +276,9 @@ def _settle(grads):
 def _get_norm(grads):
     """Global norm; the many vectors are put together first, and cost one kernel."""
     leaves = jax.tree.leaves(grads)
-    vectors = jnp.concatenate([g.ravel() for g in leaves if g.ndim < 2])
-    parts = [jax.lax.optimization_barrier(vectors), *(g for g in leaves if g.ndim > 1)]
-    return optax.tree.norm(parts)
+    vectors = [g.ravel() for g in leaves if g.ndim < 2]
+    together = jax.lax.optimization_barrier(jnp.concatenate(vectors)) if vectors else ()
+    return optax.tree.norm((together, [g for g in leaves if g.ndim > 1]))
 
 
 def get_eval_step(
