@@ -1,5 +1,7 @@
 """Small encoders and pictures with known results, for the tests of latent caches."""
 
+import json
+
 import numpy as np
 from PIL import Image
 
@@ -70,3 +72,27 @@ def encode(tmp_path, cache="cache", pictures=None, vae=None, text=None, chunk_si
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def create_clip(folder):
+    """Writes a CLIP with letters for tokens, 8 of them at most; the model and its vocabulary."""
+    import torch
+    import transformers
+
+    letters = "abcdert"
+    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    ends = dict(bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=0)
+    config = transformers.CLIPConfig(
+        text_config=dict(vocab_size=len(words), max_position_embeddings=8, **small, **ends),
+        vision_config=dict(image_size=8, patch_size=4, **small),
+        projection_dim=12,
+    )
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(folder)
+    return model, vocabulary

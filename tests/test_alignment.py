@@ -1,10 +1,10 @@
 """The alignment head against formulas, and the CLIP score against the model it is read from."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_ins import create_clip
 
 from ldm_jax.alignment import (
     BUNDLED,
@@ -94,21 +94,7 @@ def test_the_clip_score_is_the_models_cosine(tmp_path):
     import torch
     import transformers
 
-    letters = "abcdert"
-    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    ends = dict(bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=0)
-    config = transformers.CLIPConfig(
-        text_config=dict(vocab_size=len(words), max_position_embeddings=8, **small, **ends),
-        vision_config=dict(image_size=8, patch_size=4, **small),
-        projection_dim=12,
-    )
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(tmp_path)
+    model, _ = create_clip(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
 
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)

