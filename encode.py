@@ -56,10 +56,12 @@ def encode(config: Any, progress: bool = True) -> Path:
 
 def get_pictures(config: Any, progress: bool = True) -> Path:
     """The folder of pictures that a config names; emoji are drawn into it first."""
-    path = config.data.path
-    if config.data.source == "emoji":
-        folder = Path(path).expanduser() if path else cache_home() / "emoji"
-        return draw_emoji(folder, config.data.styles or DEFAULT_STYLES, progress)
+    data, path = config.data, config.data.path
+    if data.source == "emoji":
+        skin_tones = data.get("skin_tones", False)  # Configs of older runs do not say.
+        default = cache_home() / ("emoji-tones" if skin_tones else "emoji")
+        folder = Path(path).expanduser() if path else default
+        return draw_emoji(folder, data.styles or DEFAULT_STYLES, progress, skin_tones)
     if not path:
         raise ValueError("data.path must name the folder of pictures, got nothing")
     return Path(path).expanduser()

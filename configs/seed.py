@@ -23,6 +23,7 @@ def get_config():
     config.data.path = ""
     config.data.cache = ""
     config.data.styles = ()  # of the emoji source; empty: all
+    config.data.skin_tones = False  # of the emoji source: train on toned pictures too
     config.data.image_size = 128
     config.encoders = ConfigDict()
     config.encoders.vae = "stabilityai/sd-vae-ft-ema"

@@ -263,8 +263,8 @@ def default_cache(config) -> Path:
     """Where the latent cache of a config lies.
 
     Args:
-        config: with `data.source`, `data.path`, `data.cache`, `data.styles`, `data.image_size`,
-            `encoders.vae` and `encoders.text`.
+        config: with `data.source`, `data.path`, `data.cache`, `data.styles`, `data.skin_tones`,
+            `data.image_size`, `encoders.vae` and `encoders.text`.
 
     Returns:
         `data.cache` if it is set, else a folder under `cache_home()` with a readable name.
@@ -279,6 +279,8 @@ def default_cache(config) -> Path:
         parts.append("+".join(_readable(_absolute(path)) for path in data.path.split(",")))
     if data.source == "emoji" and data.styles:
         parts.append(_readable("+".join(data.styles)))
+    if data.source == "emoji" and data.get("skin_tones", False):
+        parts.append("tones")
     if data.source != "npy":
         parts.append(str(data.image_size))
     parts += [_readable(encoders.vae), _readable(encoders.text)]

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
-from ldm_jax.emoji_names import FAMILY, count_genders, get_concept
+from ldm_jax.emoji_names import FAMILY, count_genders, get_concept, get_skin_tones
 from ldm_jax.emoji_sources import (
     DEFAULT_STYLES,
     NAMES,
@@ -24,16 +24,21 @@ from ldm_jax.emoji_sources import (
     Style,
     get_sources,
     load_emoji,
+    load_toned_emoji,
 )
 from ldm_jax.pictures import assign_split
 
 CELL_SHARE = 0.05
+TONED = ", skin tones"  # ends the stamp of what was drawn with them
 LAYOUT = 1  # Raise it when the drawing changes, so that old pictures are drawn again.
 MANY = 200  # Fewer pictures than this are drawn without starting other processes.
 
 
 def draw_emoji(
-    folder: str | Path, styles: Sequence[str] = DEFAULT_STYLES, progress: bool = True
+    folder: str | Path,
+    styles: Sequence[str] = DEFAULT_STYLES,
+    progress: bool = True,
+    skin_tones: bool = False,
 ) -> Path:
     """Draws emoji pictures with captions and splits into a folder, once.
 
@@ -45,6 +50,8 @@ def draw_emoji(
         folder: made if need be; holds <style>/<code points>.png, metadata.jsonl and CREDITS.md.
         styles: keys of STYLES.
         progress: whether to show a bar for each style.
+        skin_tones: whether training also gets the pictures that have one of the five skin tones,
+            of its (style, concept) cells alone. The other splits do not depend on it.
 
     Returns:
         The folder.
@@ -52,14 +59,14 @@ def draw_emoji(
     Raises:
         ValueError: if a style is unknown.
         RuntimeError: if a package cannot be fetched, or gives too few pictures.
-        OSError: if the folder cannot be written.
+        OSError: if the folder cannot be written, or was drawn with the other `skin_tones`.
     """
     unknown = [key for key in styles if key not in STYLES]
     if unknown or not styles:
         raise ValueError(f"styles must be some of {', '.join(STYLES)}, got {list(styles)}")
     folder = Path(folder)
     chosen = [STYLES[key] for key in dict.fromkeys(styles)]
-    stamps = {style.key: _get_stamp(style) for style in chosen}
+    stamps = {style.key: _get_stamp(style, skin_tones) for style in chosen}
     seal = folder / "drawn.json"
     if (
         seal.exists()
@@ -72,7 +79,8 @@ def draw_emoji(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         seal.unlink(missing_ok=True)
-        records = [record for style in chosen for record in _draw_style(folder, style, progress)]
+        drawn = [_draw_style(folder, style, progress, skin_tones) for style in chosen]
+        records = [record for of_style in drawn for record in of_style]
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         _write(folder / "metadata.jsonl", lines.encode())
         _write(folder / "CREDITS.md", get_credits(chosen).encode())
@@ -103,30 +111,42 @@ def assign_cell(style: str, concept: str) -> str:
 
 
 # One style: sources, pictures, records.
-def _get_stamp(style: Style) -> str:
-    return f"{style.package}@{style.version}, {NAMES[0]}@{NAMES[1]}, layout {LAYOUT}"
+def _get_stamp(style: Style, skin_tones: bool) -> str:
+    stamp = f"{style.package}@{style.version}, {NAMES[0]}@{NAMES[1]}, layout {LAYOUT}"
+    return stamp + TONED if skin_tones else stamp
 
 
-def _draw_style(folder: Path, style: Style, progress: bool) -> list[dict]:
+def _draw_style(folder: Path, style: Style, progress: bool, skin_tones: bool) -> list[dict]:
     """Draws one style next to its place and moves it there when it is whole."""
-    target, stamp = folder / style.key, _get_stamp(style)
+    target, stamp = folder / style.key, _get_stamp(style, skin_tones)
     seal = target / "drawn.json"
     if seal.exists():
         drawn = json.loads(seal.read_text(encoding="utf-8"))
         if drawn["stamp"] == stamp:
             return drawn["records"]
+        if drawn["stamp"].endswith(TONED) != skin_tones:
+            why = f"name another folder, this one was drawn with skin_tones={not skin_tones}"
+            raise FileExistsError(errno.EEXIST, why, str(target))
     elif target.exists():
         raise FileExistsError(errno.EEXIST, "move away what draw_emoji did not draw", str(target))
-    emoji = {e.key: e for e in load_emoji()}
-    sources = get_sources(style, list(emoji.values()))
+    emoji = load_emoji()
+    toned = [
+        e
+        for e in (load_toned_emoji() if skin_tones else ())
+        if assign_cell(style.key, get_concept(e.key)) == "train"
+    ]
+    # Apart, since sets are matched by names, and the match of one depends on the others.
+    sources = get_sources(style, emoji) | get_sources(style, toned)
     part = folder / f".{style.key}-{hashlib.sha256(stamp.encode()).hexdigest()[:8]}.part"
     part.mkdir(exist_ok=True)
     skipped = _draw_pictures(style, part, sources, progress)
-    kept = _choose(part, [emoji[key] for key in sources if key not in skipped])
-    if len(kept) < style.fewest:
+    made = sources.keys() - skipped.keys()
+    kept = _choose(part, *([e for e in group if e.key in made] for group in (emoji, toned)))
+    plain = sum(not get_skin_tones(e.key) for e in kept)
+    if plain < style.fewest:
         raise RuntimeError(
             f"{style.package} {style.version} must give at least {style.fewest} "
-            f"pictures, got {len(kept)} ({len(skipped)} could not be drawn)"
+            f"pictures, got {plain} ({len(skipped)} could not be drawn)"
         )
     records = [_get_record(style, e) for e in kept]
     drawn = {"stamp": stamp, "skipped": skipped, "records": records}
@@ -233,21 +253,29 @@ def draw_picture(job: tuple[str | Path, Path]) -> str:
     return ""
 
 
-def _choose(part: Path, emoji: Sequence[Emoji]) -> list[Emoji]:
-    """Keeps one emoji of each picture, the simplest, and no grey family sign; drops the rest."""
+def _choose(part: Path, emoji: Sequence[Emoji], toned: Sequence[Emoji]) -> list[Emoji]:
+    """Keeps one emoji of each picture, the simplest, and no grey family sign; drops the rest.
+
+    Of the toned ones none is kept whose picture an emoji without a tone has.
+    """
+    by_picture = _group_by_picture(part, toned) | _group_by_picture(part, emoji)
+    kept = {
+        min(same, key=lambda e: (e.key.count("-"), count_genders(e.key), len(e.name)))
+        for same in by_picture.values()
+    }
+    for e in (*emoji, *toned):
+        if e not in kept:
+            (part / f"{e.key}.png").unlink()
+    return [e for e in (*emoji, *toned) if e in kept]
+
+
+def _group_by_picture(part: Path, emoji: Sequence[Emoji]) -> dict[bytes, list[Emoji]]:
     by_picture = defaultdict(list)
     for e in emoji:
         path = part / f"{e.key}.png"
         if get_concept(e.key) != FAMILY or not _is_grey(path):
             by_picture[hashlib.sha256(path.read_bytes()).digest()].append(e)
-    kept = {
-        min(same, key=lambda e: (e.key.count("-"), count_genders(e.key), len(e.name)))
-        for same in by_picture.values()
-    }
-    for e in emoji:
-        if e not in kept:
-            (part / f"{e.key}.png").unlink()
-    return [e for e in emoji if e in kept]
+    return by_picture
 
 
 def _is_grey(path: Path) -> bool:

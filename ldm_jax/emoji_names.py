@@ -3,7 +3,13 @@
 import re
 import unicodedata
 
-SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+SKIN_TONES = {
+    "1f3fb": "light skin tone",
+    "1f3fc": "medium-light skin tone",
+    "1f3fd": "medium skin tone",
+    "1f3fe": "medium-dark skin tone",
+    "1f3ff": "dark skin tone",
+}
 GENDER_SIGNS = {"2640", "2642"}
 FACING_RIGHT = "27a1"
 JOINER = "200d"
@@ -99,6 +105,11 @@ def get_concept(key: str) -> str:
         return FAMILY
     concept = f"-{JOINER}-".join([first, *rest])
     return SAME_CONCEPT.get(concept, concept)
+
+
+def get_skin_tones(key: str) -> set[str]:
+    """The names of the emoji's skin tones, none for a yellow one, two for some pairs of people."""
+    return {SKIN_TONES[part] for part in key.split("-") if part in SKIN_TONES}
 
 
 def count_genders(key: str) -> int:

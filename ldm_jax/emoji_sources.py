@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ldm_jax.emoji_names import BORROWED_FLAGS, get_name, normalise_key, slugify
+from ldm_jax.emoji_names import (
+    BORROWED_FLAGS,
+    get_name,
+    get_skin_tones,
+    normalise_key,
+    slugify,
+)
 from ldm_jax.npm import fetch_package
 
 SIZE = 128
@@ -107,13 +113,33 @@ def load_emoji() -> list[Emoji]:
     Left out: skin tones, components, regional indicator letters, and the flags of territories
     that fly another emoji's flag.
     """
-    path = fetch_package(*NAMES) / "en" / "data.json"
     emoji = []
-    for entry in json.loads(path.read_text(encoding="utf-8")):
+    for entry in _load_catalogue():
         key = normalise_key(entry["hexcode"])
         if entry.get("group", COMPONENTS) != COMPONENTS and key not in BORROWED_FLAGS:
             emoji.append(Emoji(key, get_name(key, entry["label"]), entry["label"]))
     return emoji
+
+
+def load_toned_emoji() -> list[Emoji]:
+    """The emoji of the Unicode standard with a skin tone: "waving hand: medium skin tone".
+
+    Left out: two people of different tones.
+    """
+    emoji = []
+    for entry in _load_catalogue():
+        name = get_name(normalise_key(entry["hexcode"]), entry["label"])
+        for skin in entry.get("skins", ()):
+            key = normalise_key(skin["hexcode"])
+            tone, *others = get_skin_tones(key)
+            if not others:
+                emoji.append(Emoji(key, f"{name}: {tone}", skin["label"]))
+    return emoji
+
+
+def _load_catalogue() -> list[dict]:
+    path = fetch_package(*NAMES) / "en" / "data.json"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def get_sources(style: Style, emoji: Sequence[Emoji]) -> dict[str, str | Path]:

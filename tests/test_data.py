@@ -143,6 +143,8 @@ def test_default_caches_have_readable_names_of_their_own(tmp_path, monkeypatch):
     assert default_cache(config()) == caches / "emoji-128-bundled-emoji-use"
     styles = default_cache(config(styles=("noto", "twemoji")))
     assert styles == caches / "emoji-noto+twemoji-128-bundled-emoji-use"
+    toned = default_cache(config(styles=("noto", "twemoji"), skin_tones=True))
+    assert toned == caches / "emoji-noto+twemoji-tones-128-bundled-emoji-use"
     one, other = (default_cache(config(source="folder", path=f"/{x}/my cats")) for x in "ab")
     assert one.name.startswith("folder-cats-") and one.name.endswith("-128-bundled-emoji-use")
     assert one != other

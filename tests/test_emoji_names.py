@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from ldm_jax.emoji import STYLES, assign_cell
-from ldm_jax.emoji_names import get_concept, get_name, normalise_key, slugify
+from ldm_jax.emoji_names import get_concept, get_name, get_skin_tones, normalise_key, slugify
 from ldm_jax.pictures import assign_split
 
 
@@ -57,6 +57,14 @@ def test_names_say_what_the_picture_shows(key, label, name):
 )
 def test_genders_and_skin_tones_are_one_concept(keys):
     assert len({get_concept(key) for key in keys}) == 1
+
+
+def test_skin_tones_have_the_names_of_cldr():
+    assert get_skin_tones("1f44b") == set()
+    assert get_skin_tones("1f469-1f3fd-200d-1f3a8") == {"medium skin tone"}
+    assert get_skin_tones("1f46b-1f3fb") == {"light skin tone"}
+    pair = "1f469-1f3fe-200d-1f91d-200d-1f468-1f3fc"
+    assert get_skin_tones(pair) == {"medium-dark skin tone", "medium-light skin tone"}
 
 
 def test_different_things_stay_different_concepts():

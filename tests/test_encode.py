@@ -107,8 +107,8 @@ def test_a_real_autoencoder_encodes_a_folder(tmp_path, monkeypatch, pictures):
 def test_emoji_are_drawn_into_the_cache_of_the_user(tmp_path, monkeypatch, pictures, stand_ins):
     asked = []
 
-    def draw(folder, styles, progress):
-        asked.append((folder, tuple(styles), progress))
+    def draw(folder, styles, progress, skin_tones):
+        asked.append((folder, tuple(styles), progress, skin_tones))
         return pictures
 
     monkeypatch.setattr(encode, "draw_emoji", draw)
@@ -118,9 +118,12 @@ def test_emoji_are_drawn_into_the_cache_of_the_user(tmp_path, monkeypatch, pictu
     assert open_cache(cache).num_examples() == 11
     other = make_config(tmp_path / "other", source="emoji", styles=("noto",), path="/drawn")
     encode.encode(other, progress=False)
+    toned = encode.encode(make_config("", source="emoji", skin_tones=True), progress=False)
+    assert toned == tmp_path / "home" / "caches" / "emoji-tones-16-mean-letters"
     assert asked == [
-        (tmp_path / "home" / "emoji", encode.DEFAULT_STYLES, False),
-        (Path("/drawn"), ("noto",), False),
+        (tmp_path / "home" / "emoji", encode.DEFAULT_STYLES, False, False),
+        (Path("/drawn"), ("noto",), False, False),
+        (tmp_path / "home" / "emoji-tones", encode.DEFAULT_STYLES, False, True),
     ]
 
 
