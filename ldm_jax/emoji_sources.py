@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ldm_jax.emoji_names import (
     BORROWED_FLAGS,
+    get_concept,
     get_name,
     get_skin_tones,
     normalise_key,
@@ -106,6 +107,10 @@ DEFAULT_STYLES = tuple(key for key in STYLES if key != "openmoji")
 # Packages that map code points to icon names, for the packages that do not.
 NAME_GUIDES = ("twemoji", "noto", "fluent-flat")
 OLD_ICON_NAMES = {"1f199": ("up-exclamation-button", "up-text-button"), "1f635": ("dizzy-face",)}
+# Fluent 3D's package gives each of these two skin tones the other's pictures, but of technologists,
+# couples and people holding hands.
+SWAPPED_TONES = {"1f3fc": "1f3fd", "1f3fd": "1f3fc"}
+NOT_SWAPPED = {"1f9d1-200d-1f4bb", "1f46c", "1f48f", "1f491"}
 REDRAWN = {"1f52b"}  # A revolver in the old sets, a water pistol by its name today.
 
 
@@ -162,10 +167,17 @@ def get_sources(style: Style, emoji: Sequence[Emoji]) -> dict[str, str | Path]:
     assets = package / "assets"
     if assets.is_dir():
         files = {normalise_key(path.stem): path for path in sorted(assets.iterdir())}
-        return {e.key: files[e.key] for e in emoji if e.key in files}
+        names = {e.key: _get_asset_key(e.key) for e in emoji}
+        return {key: files[name] for key, name in names.items() if name in files}
     icons = json.loads((package / "icons.json").read_text(encoding="utf-8"))
     names = _load_chars(package) or _match_names(icons, emoji)
     return {e.key: _get_svg(icons, names[e.key]) for e in emoji if e.key in names}
+
+
+def _get_asset_key(key: str) -> str:
+    if get_concept(key) in NOT_SWAPPED:
+        return key
+    return "-".join(SWAPPED_TONES.get(part, part) for part in key.split("-"))
 
 
 def _load_chars(package: Path) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """Drawing emoji with skin tones, on packages made up here."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_emoji import CATALOGUE, CHARS, ICONS, packages, read_records, write_icons  # noqa: F401
 
 from ldm_jax import emoji
 from ldm_jax.emoji import draw_emoji
-from ldm_jax.emoji_sources import load_toned_emoji
+from ldm_jax.emoji_sources import STYLES, Emoji, get_sources, load_toned_emoji
 
 CODES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 HAND, WOMAN, PAIR = "1f44b", "1f469-200d-1f9b0", "1f46b"
@@ -72,6 +73,17 @@ def test_training_alone_gets_tones_and_nothing_else_changes(toned, tmp_path):
     }
     for file in plain:
         assert (tmp_path / "True" / file).read_bytes() == (tmp_path / "False" / file).read_bytes()
+
+
+def test_tones_that_a_package_swaps_are_swapped_back(toned):
+    assets = toned / "@lobehub-fluent-emoji-3d" / "assets"
+    keys = ["1f44b", "1f44b-1f3fb", "1f44b-1f3fc", "1f44b-1f3fd", "1f491-1f3fc", "1f491-1f3fd"]
+    for key in keys:
+        (assets / f"{key}.webp").touch()
+    sources = get_sources(STYLES["fluent-3d"], [Emoji(key, "", "") for key in keys])
+    assert list(sources) == keys
+    found = [Path(source).stem for source in sources.values()]
+    assert found == [*keys[:2], "1f44b-1f3fd", "1f44b-1f3fc", *keys[4:]]
 
 
 def test_a_folder_holds_one_setting_and_is_not_overwritten_by_the_other(toned, tmp_path):
