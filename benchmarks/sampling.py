@@ -57,14 +57,11 @@ class Sampler:
 
     @cached_property
     def variables(self) -> dict:
-        """Random ones, made once."""
-        init_key, out_key = jax.random.split(jax.random.key(0))
-        x_t, labels = (jnp.zeros((1, *shape)) for shape in self.shapes)
-        variables = jax.jit(self.network.init)(init_key, x_t, jnp.zeros(1), labels)
-        # The last kernel starts as zeros, and with it all latents would be.
-        kernel = variables["params"]["conv_out"]["kernel"]
-        variables["params"]["conv_out"]["kernel"] = jax.random.normal(out_key, kernel.shape)
-        return variables
+        """Random ones, made once; the last kernel is not zero, or all latents would be."""
+        x_t, labels = (jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in self.shapes)
+        levels = jax.ShapeDtypeStruct((1,), jnp.float32)
+        key = jax.random.key(0)
+        return timing.draw_weights(jax.eval_shape(self.network.init, key, x_t, levels, labels))
 
     def draw_inputs(self, num: int) -> tuple[jax.Array, jax.Array]:
         """Noise to start from, and text embeddings."""

@@ -5,7 +5,7 @@
     python -m benchmarks.scaling --tiny    on 8 virtual devices of this machine's CPU
 
 The network is that of configs/seed.py in bfloat16; state and batches lie on the devices as train.py
-puts them. The programs of a size are compiled side by side, those of pmap at their first step.
+puts them. The programs of a part are compiled side by side, those of pmap at their first step.
 Prints a markdown table for each part:
 
     train        every way to spread a step; "both" is data=2,fsdp=N/2
@@ -83,25 +83,23 @@ def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> Non
                 ways[devices, way] = layout, parallelism
                 mesh = sharding.get_mesh(layout, jax.devices()[:devices])
                 trainers.setdefault((devices, layout), Trainer(fields, mesh))
-    compiled = timing.compile_all({key: t.lower_state for key, t in trainers.items()})
-    for key, trainer in trainers.items():
-        trainer.create_state = compiled[key].result()[0]
+    compiled = timing.compile_all(
+        {
+            (size, devices, way): partial(trainers[devices, layout].lower, size * devices)
+            for size in options.sizes
+            for (devices, way), (layout, parallelism) in ways.items()
+            if parallelism == "jit"
+        }
+    )
     efficiency = timing.Efficiency()
 
     def work(trainer, devices, size, future):
         return efficiency(measure_step(trainer, size, options, future), devices, size)
 
     for size in options.sizes:
-        compiled = timing.compile_all(
-            {
-                (devices, way): partial(trainers[devices, layout].lower, size * devices)
-                for (devices, way), (layout, parallelism) in ways.items()
-                if parallelism == "jit"
-            }
-        )
         for (devices, way), (layout, _) in ways.items():
             about = {"work": "train", "devices": devices, "way": way, "size": size}
-            arguments = trainers[devices, layout], devices, size, compiled.get((devices, way))
+            arguments = trainers[devices, layout], devices, size, compiled.get((size, devices, way))
             table.attempt(about, work, *arguments)
 
 
@@ -116,7 +114,7 @@ def restore(table: timing.Table, options: argparse.Namespace, fields: dict) -> N
         return Trainer(fields, sharding.get_mesh("fsdp", jax.devices()[:devices]))
 
     trainer = create_trainer(max(options.counts))
-    state = trainer.create_state(jax.random.key(0))
+    state = trainer.create_state()
     meta = models.create_meta(
         network=fields,
         noising={},

@@ -4,6 +4,7 @@ What benchmarks/train_step.py, sampling.py and scaling.py measure with.
 """
 
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.forecast import count_messages
 from ldm_jax.profiling import Kernel, profile_calls, summarise_trace
@@ -187,15 +189,36 @@ def compile_all(programs: Mapping[Any, Callable[[], Any]]) -> dict[Any, Future]:
         start = time.perf_counter()
         return lowered.compile(), time.perf_counter() - start
 
-    futures = {}
+    lowered: dict[Any, Any] = {}
+    for name, lower in programs.items():  # All before the first compilation, which slows it down.
+        try:
+            lowered[name] = lower()
+        except Exception as error:  # Raised again where the row is measured.
+            lowered[name] = Future()
+            lowered[name].set_exception(error)
     with ThreadPoolExecutor(max(len(programs), 1)) as pool:
-        for name, lower in programs.items():
-            try:
-                futures[name] = pool.submit(compile_timed, lower())
-            except Exception as error:  # Raised again where the row is measured.
-                futures[name] = Future()
-                futures[name].set_exception(error)
-    return futures
+        return {
+            name: found if isinstance(found, Future) else pool.submit(compile_timed, found)
+            for name, found in lowered.items()
+        }
+
+
+def draw_weights(shapes: Any) -> Any:
+    """Weights to measure with, by their shapes and shardings: normal kernels, vectors of ones.
+
+    They come from the host: compiling what draws the first weights takes longer than a benchmark.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        drawn = np.ones(leaf.shape, leaf.dtype)
+        if leaf.ndim > 1:
+            drawn = rng.standard_normal(leaf.shape, leaf.dtype) / math.prod(leaf.shape[:-1]) ** 0.5
+        if leaf.sharding is None:
+            return jax.device_put(drawn)
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda part: drawn[part])
+
+    return jax.tree.map(draw, shapes)
 
 
 def measure_torch(call: Callable[[], Any], items: int, repeats: int, calls: int) -> dict:

@@ -47,17 +47,18 @@ class Trainer:
         size, channels = self.network.latent_image_size, self.network.latent_channels
         self.shapes = (size, size, channels), (self.network.emb_size,)
         self.optimizer = training.get_optimizer(steps=100_000)
-        shapes = jax.eval_shape(self._create, jax.random.key(0))
-        self.state_shapes = sharding.place_shapes(mesh, shapes)
-        shardings = sharding.get_shardings(mesh, shapes)
-        self.create_state = jax.jit(self._create, out_shardings=shardings)
+        create = partial(
+            training.create_train_state,
+            network=self.network,
+            optimizer=self.optimizer,
+            latent_shape=self.shapes[0],
+            embedding_shape=self.shapes[1],
+        )
+        self.state_shapes = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
 
-    def lower_state(self) -> Any:
-        """The program of `create_state`, lowered."""
-        return self.create_state.lower(jax.random.key(0))
-
-    def _create(self, key):
-        return training.create_train_state(key, self.network, self.optimizer, *self.shapes)
+    def create_state(self) -> training.TrainState:
+        """A state with weights as `timing.draw_weights` makes them, and moments of ones."""
+        return timing.draw_weights(self.state_shapes)
 
     def _get_batch_shapes(self, batch_size):
         names = "latents_mean", "text_embeddings"
@@ -89,7 +90,7 @@ class Trainer:
 
     def get_call(self, step: Any, batch_size: int):
         """A call that takes one step further from a new state; returns its metrics."""
-        state, batch = self.create_state(jax.random.key(0)), self.create_batch(batch_size)
+        state, batch = self.create_state(), self.create_batch(batch_size)
         key = jax.random.key(1)
 
         def call():
