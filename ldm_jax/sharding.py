@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ldm_jax import graphs
+
 AXES = ("data", "fsdp")
 METHODS = ("jit", "pmap")
 REDUCE_DTYPES = ("float32", "bfloat16")
@@ -182,8 +184,9 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
         mesh: where the state lives as `get_shardings` says; None leaves it to XLA.
         parallelism: "jit" or "pmap".
     """
+    options = graphs.get_options(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=options)
     if parallelism == "pmap":
         return _pmap_step(step, mesh)
 
@@ -191,7 +194,7 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
         state, metrics = step(state, rng, batch)
         return jax.lax.with_sharding_constraint(state, get_shardings(mesh, state)), metrics
 
-    return jax.jit(step_in_place, donate_argnums=0)
+    return jax.jit(step_in_place, donate_argnums=0, compiler_options=options)
 
 
 def _pmap_step(step, mesh):

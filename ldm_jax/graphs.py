@@ -1,0 +1,57 @@
+"""CUDA graphs: a GPU's kernels recorded once, and started together from then on."""
+
+import os
+import warnings
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FLAG = "xla_gpu_enable_command_buffer"
+# XLA's own choice leaves convolutions out, and each of them ends a graph.
+RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
+
+
+def get_options(device: Any) -> dict[str, str] | None:
+    """Options of jax.jit by which XLA records convolutions into its CUDA graphs as well.
+
+    A training step is some 2 600 kernels of a few microseconds; started one by one, they come
+    slower than the GPU works them off. None where programs are not for this
+    job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
+
+    Args:
+        device: one of those that the program is for.
+    """
+    if FLAG in os.environ.get("XLA_FLAGS", "") or jax.default_backend() != "gpu":
+        return None
+    if device not in jax.devices() or not _can_record_convolutions():
+        return None
+    return {FLAG: RECORDED}
+
+
+@cache
+def _can_record_convolutions() -> bool:
+    """Whether a convolution and its gradients run from a graph.
+
+    They run without one first: what cuDNN sets up at its first convolution cannot be recorded, and
+    the first step would fail.
+    """
+
+    def convolve(x, kernel):
+        dimensions = "NHWC", "HWIO", "NHWC"
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    gradients = jax.grad(convolve, argnums=(0, 1))
+    inputs = [jnp.ones(shape, jnp.bfloat16) for shape in ((8, 8, 8, 64), (3, 3, 64, 64))]
+    options = {FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1}
+    jax.block_until_ready(jax.jit(gradients, compiler_options={FLAG: ""})(*inputs))
+    try:
+        for _ in range(2):  # Recorded, and started again.
+            jax.block_until_ready(jax.jit(gradients, compiler_options=options)(*inputs))
+    except Exception as error:  # XLA has no class of its own for it.
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"training goes on without convolutions in CUDA graphs: {reason}")
+        return False
+    return True
