@@ -34,6 +34,7 @@ def evaluate(
     *,
     checkpoint_folder: str | Path | None = None,
     checkpoint_step: str | int = "last",
+    ema: float | None = None,
     pictures: str | Path | None = None,
     captions_per_group: int = 64,
     seed: int = 0,
@@ -48,17 +49,18 @@ def evaluate(
     """Draws captions of each group, measures them, and writes quality.json and sheet.png to `out`.
 
     The captions and the noise that each starts from depend on `seed` and the pictures alone, so
-    that two checkpoints draw the same.
+    that two checkpoints draw the same. With `ema` the weights are the average of that sigma_rel,
+    made of the run's snapshots.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
 
     Raises:
         ValueError: for settings that do not exist, encoders that are not those of the training, or
-            pictures of which too few are trained on or held out.
+            pictures of which too few are trained on or held out, or an `ema` out of reach.
         OSError: if the checkpoint, a picture or the weights of the features are missing.
     """
-    model = models.load_model(checkpoint_folder, checkpoint_step)
+    model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     overrides = {"diffusion_steps": steps, "class_guidance": guidance}
     settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
     diffuser = sampler.get_diffuser(quality.in_float32_on_cpu(model.denoiser), **settings)
@@ -99,6 +101,7 @@ def evaluate(
     told = {
         "checkpoint": str(checkpoint_folder or "bundled"),
         "step": checkpoint_step,
+        **({} if ema is None else {"ema": model.meta["ema"]}),
         "features": extractor.title,
         "features_sha256": extractor.identity["sha256"],
         "pictures": len(exam.pictures),
@@ -146,6 +149,7 @@ def main(argv):
             f.out,
             checkpoint_folder=f.checkpoint,
             checkpoint_step=f.step,
+            ema=f.ema,
             pictures=f.pictures,
             captions_per_group=f.captions_per_group,
             seed=f.seed,
@@ -170,6 +174,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "a run's workdir or an exported model")
     flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
+    flags.DEFINE_float("ema", None, "sigma_rel of an average made of the run's snapshots, as 0.08")
     flags.DEFINE_string("pictures", None, "folder of the real pictures; default: the run's own")
     flags.DEFINE_integer("captions_per_group", 64, "drawn of each group, at most", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "chooses the captions, and the noise of each", lower_bound=0)

@@ -39,6 +39,7 @@ def sample(
     *,
     checkpoint_folder: str | Path | None = None,
     checkpoint_step: str | int = "last",
+    ema: float | None = None,
     num: int = 1,
     seed: int = 0,
     negative_prompt: str | None = None,
@@ -55,12 +56,13 @@ def sample(
     `get_diffuser` in the place of the checkpoint's own. Guidance leads away from no text, from
     `negative_prompt`, or from what a weaker checkpoint in `guide_folder` estimates. With a
     `vae_dtype` of "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures (the
-    bundled VAE).
+    bundled VAE). With `ema` the weights are the average of that sigma_rel, made of the run's
+    snapshots.
 
     Raises:
         ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), settings that do not
-            exist or go together, a guide of another model, or encoders that are not those of the
-            training.
+            exist or go together, a guide of another model, encoders that are not those of the
+            training, or an `ema` out of reach.
     """
     if not prompts:
         raise ValueError("at least one prompt is needed, got none")
@@ -69,7 +71,7 @@ def sample(
         check_prompt(prompt)
     if guide_folder is not None and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
-    model = models.load_model(checkpoint_folder, checkpoint_step)
+    model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     settings = model.meta["sampling"] | settings
     guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
     diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
@@ -97,6 +99,7 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
+    described |= {} if ema is None else {"ema": str(ema)}
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
     described |= {"guide": f"{guide_folder}, step {guide_step}"} if guide else {}
     paths, metadata = [], []
@@ -147,6 +150,7 @@ def main(argv):
             f.out,
             checkpoint_folder=f.checkpoint,
             checkpoint_step=f.step,
+            ema=f.ema,
             num=f.num,
             seed=f.seed,
             negative_prompt=f.negative_prompt,
@@ -166,6 +170,7 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("prompt", None, "what to draw; may be given several times")
     flags.DEFINE_string("checkpoint", None, "a run's workdir or an exported model")
     flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
+    flags.DEFINE_float("ema", None, "sigma_rel of an average made of the run's snapshots, as 0.08")
     flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + 1")
     # Without one of these the checkpoint's own setting counts.

@@ -18,7 +18,19 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ldm_jax import checkpoint, data, feed, forecast, hosts, models, sampler, sharding, training
+from ldm_jax import (
+    checkpoint,
+    data,
+    feed,
+    forecast,
+    hosts,
+    models,
+    power_ema,
+    sampler,
+    sharding,
+    snapshots,
+    training,
+)
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
@@ -41,7 +53,7 @@ def train(config: Any, workdir: str | Path, profile: str = "") -> training.Train
 
     Args:
         config: with the keys that configs/seed.py declares.
-        workdir: gets config.json, log.jsonl, checkpoints/, samples/ and tensorboard/.
+        workdir: gets config.json, log.jsonl, checkpoints/, samples/, tensorboard/ and snapshots/.
         profile: steps to trace into workdir/profile, "20:5" for five from the 20th on.
 
     Raises:
@@ -97,7 +109,8 @@ def _train(config, workdir, profile, preempted):
 
     def create_state(key):
         shapes = cache.latent_shape, cache.embedding_shape
-        return training.create_train_state(key, network, optimizer, *shapes)
+        state = training.create_train_state(key, network, optimizer, *shapes)
+        return power_ema.add_averages(state, config.power_ema.sigma_rels)
 
     shapes = jax.eval_shape(create_state, init_key)
     state = checkpoint.restore_checkpoint(manager, sharding.place_shapes(mesh, shapes), meta)
@@ -117,12 +130,34 @@ def _train(config, workdir, profile, preempted):
             flush=True,
         )
 
+    gather = jax.jit(partial(sharding.gather, mesh))
+
+    def due(step, every):
+        return step == config.steps or step % every == 0
+
+    # Snapshots of the averages from which one of any length is made.
+    profiled = isinstance(state, power_ema.ProfiledState)
+
+    def due_snapshot(step):
+        every = config.power_ema.snapshot_every, config.save_every
+        return profiled and any(due(step, k) for k in every)
+
+    def write_snapshot(step, state):
+        """Every host takes part in gathering, one writes."""
+        averages = gather(state.power_emas)
+        if leader:
+            snapshots.save_snapshot(workdir, step, jax.device_get(averages), meta)
+
+    if profiled and leader:
+        snapshots.drop_later(workdir, start)
+        number = sum(due_snapshot(step) for step in range(1, config.steps + 1))
+        print(snapshots.describe_cost(state, number), flush=True)
+
     # Pictures and held-out loss: always the same captions, seeds and noise.
     captions = list(config.captions)
     labels = text_encoder(captions)
     seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
     picture_keys = sampler.get_picture_keys(range(len(captions)))
-    gather = jax.jit(partial(sharding.gather, mesh))
 
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
@@ -160,9 +195,6 @@ def _train(config, workdir, profile, preempted):
         losses = [eval_step(state, key, batch) for key, batch in zip(keys, batches)]
         return float(np.mean(jax.device_get(losses)))
 
-    def due(step, every):
-        return step == config.steps or step % every == 0
-
     # The loop.
     batches = feed.feed_batches(
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
@@ -186,7 +218,8 @@ def _train(config, workdir, profile, preempted):
             stop = preempted(step) and step < config.steps
             save = stop or due(step, config.save_every)
             examined = examine and due(step, config.evaluate_every)
-            close = save or examined or due(step, config.log_every)
+            snapshot = due_snapshot(step) and not stop
+            close = save or examined or snapshot or due(step, config.log_every)
             values = log.close_window(step) if close else {}
             # What a preempted run has no time for: held-out loss and pictures.
             evaluate = (save or due(step, config.eval_every)) and not stop
@@ -197,6 +230,8 @@ def _train(config, workdir, profile, preempted):
             if examine and examined and not stop:
                 denoiser = sampler.Denoiser(network, gather(state.ema_variables))
                 values |= examine(step, denoiser)
+            if snapshot:
+                write_snapshot(step, state)
             if save:
                 checkpoint.save_checkpoint(manager, state, meta, values.get("held_out_loss"))
             if values:

@@ -66,6 +66,11 @@ def get_config():
     config.training.ema_decay = 0.999
     config.training.accumulate = 1  # parts of a device's batch, one after the other
 
+    # More averages, of which one of any length can be made afterwards, see docs/checkpoints.md.
+    config.power_ema = ConfigDict()
+    config.power_ema.sigma_rels = ()  # lengths, as (0.05, 0.1); empty: none
+    config.power_ema.snapshot_every = 1_000  # steps; every checkpoint comes with a snapshot too
+
     config.sampling = ConfigDict()
     config.sampling.class_guidance = 4.0
     config.sampling.diffusion_steps = 70

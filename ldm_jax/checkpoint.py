@@ -231,8 +231,8 @@ def _check_names(digests: dict[str, str], target: TrainState, where: str) -> Non
         name = differences[0]
         raise ValueError(
             f"the checkpoint in {where} {'lacks' if name in wanted else 'also has'} {name} "
-            f"({len(differences)} tensors differ): it was saved with another optimizer. Use "
-            "another workdir, or the config that it was trained with"
+            f"({len(differences)} tensors differ): it was saved with another optimizer or other "
+            "power_ema.sigma_rels. Use another workdir, or the config that it was trained with"
         )
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from ldm_jax import sharding, training
+from ldm_jax import power_ema, sharding, training
 from ldm_jax.chips import CHIPS, Message, Target, estimate_seconds
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import get_process
@@ -139,7 +139,8 @@ def forecast_step(config: Any, target: Target, embedding_shape: tuple[int, ...])
     )
 
     def create(key):
-        return training.create_train_state(key, network, optimizer, fields, embedding_shape)
+        state = training.create_train_state(key, network, optimizer, fields, embedding_shape)
+        return power_ema.add_averages(state, config.power_ema.sigma_rels)
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = sharding.place_shapes(mesh, jax.eval_shape(create, key))

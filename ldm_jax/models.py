@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldm_jax import records
+from ldm_jax import records, snapshots
 from ldm_jax.latents import LatentScale
 from ldm_jax.sampler import Denoiser
 from ldm_jax.shards import file_digest
@@ -105,21 +105,28 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
         )
 
 
-def load_model(folder: str | os.PathLike | None = None, step: str | int = "last") -> Model:
+def load_model(
+    folder: str | os.PathLike | None = None, step: str | int = "last", ema: float | None = None
+) -> Model:
     """The averaged weights of a run's checkpoint, of an exported model, or the bundled ones.
 
     Args:
         folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None for
             the weights that come with the package.
         step: which checkpoint of a run: "last", "best" by held-out loss, or its number.
+        ema: sigma_rel of an average that is made of the run's snapshots, see `power_ema`; `step` is
+            then that of a snapshot.
 
     Raises:
         FileNotFoundError: if there is neither in the folder, or no such step.
         DamagedError: if the checkpoint is not what was saved; the other steps are named.
-        ValueError: for a checkpoint of a newer format, or weights that do not fit the network.
+        ValueError: for a checkpoint of a newer format, weights that do not fit the network, or an
+            `ema` that the snapshots do not reach.
     """
     path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
-    if (path / META_FILE).is_file():
+    if ema is not None:
+        meta, variables = _make_average(path, step, ema)
+    elif (path / META_FILE).is_file():
         if step != "last":
             raise ValueError(f"step must be 'last' for an exported model, got {step!r}")
         meta = json.loads((path / META_FILE).read_text())
@@ -274,6 +281,23 @@ def _read_averages(folder: Path, step: int) -> tuple[dict, dict]:
     variables = {"params": tensors["ema_params"]}
     variables["batch_stats"] = tensors.get("ema_batch_stats", {})
     return record["model"], variables
+
+
+def _make_average(path: Path, step: str | int, ema: float) -> tuple[dict, dict]:
+    """Meta and weights of an average of length `ema`."""
+    if (path / META_FILE).is_file():
+        raise ValueError(
+            f"an average of another length (ema {ema}) needs the workdir of a run, {path} is an "
+            "exported model"
+        )
+    workdir = path.parent if path.name == "checkpoints" else path
+    if step == "best":
+        step = _choose_step(workdir / "checkpoints", step)
+    elif step != "last" and not str(step).isdecimal():
+        raise ValueError(f"step must be 'last', 'best' or a number, got {step!r}")
+    number = None if step == "last" else int(step)
+    meta, variables = snapshots.reconstruct(workdir, ema, number)
+    return meta, jax.tree.map(jax.numpy.asarray, variables)
 
 
 def _check_version(meta: dict, where: object) -> None:

@@ -1,5 +1,6 @@
 """Training: state, key, batch => state, metrics, in one jitted step whose state is donated."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,10 @@ class TrainState:
     def ema_variables(self) -> dict:
         """The averaged weights with their statistics, as a network's variables."""
         return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+
+    def update_more(self) -> "TrainState":
+        """The end of a step, for states that carry more than this one."""
+        return self
 
 
 def get_optimizer(
@@ -248,14 +253,15 @@ def get_train_step(
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
         average = lambda new, old: optax.incremental_update(new, old, 1 - decay)  # noqa: E731
-        state = TrainState(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             ema_params=average(params, state.ema_params),
             ema_batch_stats=average(batch_stats, state.ema_batch_stats),
             opt_state=opt_state,
-        )
+        ).update_more()
         return state, {"loss": loss, "grad_norm": _get_norm(grads)}
 
     return sharding.compile_step(train_step, mesh, parallelism)

@@ -1,6 +1,9 @@
 """A run's newest checkpoint => its averaged weights alone, as the package ships them.
 
 python scripts/export_model.py runs/emoji ldm_jax/weights/emoji
+python scripts/export_model.py runs/emoji exported --ema=0.08
+
+With --ema they are an average of that sigma_rel, made of the run's snapshots up to the newest.
 """
 
 import argparse
@@ -11,6 +14,12 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", help="a workdir of train.py")
 parser.add_argument("out", help="folder to write")
 parser.add_argument("--dtype", default="float16")
+parser.add_argument("--step", default="last", help="last, best (held-out loss), a number")
+parser.add_argument("--ema", type=float, help="sigma_rel of the average; default: the run's own")
 arguments = parser.parse_args()
-folder = export_model(load_model(arguments.run), arguments.out, arguments.dtype)
+try:
+    model = load_model(arguments.run, arguments.step, arguments.ema)
+    folder = export_model(model, arguments.out, arguments.dtype)
+except (ValueError, OSError) as error:
+    raise SystemExit(f"export_model.py: {error}") from error
 print(f"{folder}: {(folder / WEIGHTS_FILE).stat().st_size / 2**20:.2f} MiB of weights")
