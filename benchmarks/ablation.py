@@ -1,0 +1,171 @@
+"""From configs/seed.py to configs/emoji.py, one change at a time => what each is worth.
+
+    python -m benchmarks.ablation --minutes=3 --out=runs/ablation
+    python -m benchmarks.ablation --minutes=3 --out=runs/ablation --rows="all noise levels"
+
+Each row trains with its change and those of all rows before it, on the emoji, for the same minutes
+of training on this machine: a probe of a few steps tells how many steps those are. Then it is
+measured as evaluate.py does, on the same captions from the same noise. OUT gets a folder for each
+row, and the table as table.md, anew after each. A row that is measured is not run again, so the
+same command goes on where it was. The emoji are encoded first, where that was not done.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+from configs import seed
+from encode import encode
+from evaluate import evaluate
+from ldm_jax.compiled import keep_compiled
+from train import train
+
+
+class Row(NamedTuple):
+    """A change: its name in the table, and the keys of the config that it sets."""
+
+    name: str
+    changes: Mapping[str, Any]
+
+
+ROWS = (
+    Row(
+        "the original",
+        {
+            "data.source": "emoji",
+            "encoders.vae": "bundled:emoji",
+            "encoders.text": "use",
+            "network.dtype": "bfloat16",
+        },
+    ),
+    Row("all noise levels", {"noising.max_angle": 1.57}),
+    Row(
+        "sampled as trained",
+        {"sampling.mixture": "variance_preserving", "sampling.schedule": "angle"},
+    ),
+    Row("guidance 3", {"sampling.class_guidance": 3.0}),
+    Row("channels apart", {"latents.normalisation": "channel", "latents.deviations": 3.0}),
+    Row(
+        "7.9 M weights",
+        {"network.block_depth": 2, "network.widths": (128, 192, 192), "batch_size": 512},
+    ),
+    Row(
+        "scaled heads",
+        {"network.heads": 4, "network.scaled": True, "network.key_fraction": 2},
+    ),
+    Row("group norm", {"network.norm": "group"}),
+    Row(
+        "warm-up decay and clipping",
+        {
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.warmup_steps": 500,
+            "optimizer.decay": "cosine",
+            "optimizer.clip_norm": 1.0,
+        },
+    ),
+    Row("longer average", {"training.ema_decay": 0.9995}),
+    Row("dropout", {"network.dropout": 0.1}),
+)
+
+
+DONE = "quality/quality.json"
+INTERVAL = "{value:.2f} [{low:.2f}, {high:.2f}]"
+COLUMNS = (  # title, group, figure, how it is written
+    ("training R@1", "train", "recall_1", INTERVAL),
+    ("cells R@1", "cell", "recall_1", INTERVAL),
+    ("cells R@5", "cell", "recall_5", INTERVAL),
+    ("cells style", "cell", "right_style", INTERVAL),
+    ("cells KID x1000", "cell", "kid", "{value:.1f} [{low:.1f}, {high:.1f}]"),
+    ("cells near copies", "cell", "near_copies", INTERVAL),
+    ("concepts R@5", "test", "recall_5", INTERVAL),
+)
+
+
+def get_config(rows: int) -> Any:
+    """configs/seed.py with the changes of the first `rows` rows."""
+    config = seed.get_config()
+    for row in ROWS[:rows]:
+        config.update_from_flattened_dict(dict(row.changes))
+    return config
+
+
+def count_steps(config: Any, folder: Path, minutes: float, probe_steps: int) -> int:
+    """Steps that fit into the minutes, by the speed at the end of a run of `probe_steps`."""
+    probe = config.copy_and_resolve_references()
+    every = max(probe_steps // 4, 1)  # The first lines of the log hold compilation.
+    probe.update({"steps": probe_steps, "log_every": every, "evaluate_every": 0})
+    probe.update({name: probe_steps for name in ("eval_every", "sample_every", "save_every")})
+    probe.optimizer.warmup_steps = min(probe.optimizer.warmup_steps, probe_steps - 1)
+    train(probe, folder)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return max(int(60 * minutes * speeds[-1] / config.batch_size), probe_steps)
+
+
+def run_row(config: Any, out: Path, minutes: float, probe_steps: int, **settings: Any) -> None:
+    """Trains and measures a row into its folder; `settings` are those of `evaluate`."""
+    encode(config)
+    steps = count_steps(config, out / "probe", minutes, probe_steps)
+    config.update({name: steps for name in ("steps", "eval_every", "sample_every", "save_every")})
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps - 1)
+    train(config, out / "run")
+    evaluate(out / "quality", checkpoint_folder=out / "run", **settings)
+
+
+def format_table(out: Path) -> str:
+    """The rows that are done, as a markdown table; brackets hold intervals at 95 %."""
+    titles = ["change", "steps", "batch", *(title for title, *_ in COLUMNS)]
+    lines = [titles, ["---"] * 3 + ["---:"] * len(COLUMNS)]
+    for k, row in enumerate(ROWS):
+        folder = get_folder(out, k)
+        if not (folder / DONE).exists():
+            continue
+        config = json.loads((folder / "run" / "config.json").read_text())
+        groups = json.loads((folder / DONE).read_text())["groups"]
+        cells = [
+            form.format(**groups[group]["drawn"][figure]) if group in groups else "-"
+            for _, group, figure, form in COLUMNS
+        ]
+        lines.append([row.name, str(config["steps"]), str(config["batch_size"]), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def get_folder(out: Path, k: int) -> Path:
+    """Where row k lies."""
+    return out / f"{k:02d}-{ROWS[k].name.replace(' ', '-').replace(',', '')}"
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"flags must look like --minutes=3, got {argv[1:]}")
+    f = flags.FLAGS
+    if f.verbosity <= 0:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells each of its steps as "info".
+    names = [row.name for row in ROWS]
+    wanted = f.rows or names
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise app.UsageError(f"rows must be some of {names}, got {unknown}")
+    out = Path(f.out).expanduser()
+    print(keep_compiled(), flush=True)
+    for k, name in enumerate(names):
+        folder = get_folder(out, k)
+        if name not in wanted or (folder / DONE).exists():
+            continue
+        settings = {"captions_per_group": f.captions_per_group, "batch_size": f.batch_size}
+        run_row(get_config(k + 1), folder, f.minutes, f.probe_steps, **settings)
+        (out / "table.md").write_text(format_table(out) + "\n")
+    print(format_table(out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_float("minutes", 3.0, "of training, for each row", lower_bound=0.01)
+    flags.DEFINE_string("out", None, "folder of the rows", required=True)
+    flags.DEFINE_list("rows", [], "names of rows, separated by commas; default: all")
+    flags.DEFINE_integer("probe_steps", 400, "steps that tell the speed", lower_bound=1)
+    flags.DEFINE_integer("captions_per_group", 80, "drawn of each group", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 64, "pictures drawn at once", lower_bound=1)
+    app.run(main)
