@@ -39,7 +39,8 @@ def get_config():
     config.network.emb_size = 512
     config.network.latent_channels = 4
     config.network.widths = (128, 256, 512, 640)
-    config.network.norm = "batch"
+    config.network.conditioning = "token"  # or adaptive, beside the token
+    config.network.norm = "batch"  # group or rms
     config.network.heads = 1
     config.network.scaled = False
     config.network.key_fraction = 8

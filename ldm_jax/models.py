@@ -6,6 +6,7 @@ run's checkpoint the averaged weights alone are read; `export_model` writes them
 beside a JSON file.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -85,6 +86,8 @@ def create_meta(
 def check_meta(saved: dict, wanted: dict, where: str) -> None:
     """Compares the architecture and the data's contract of two models, COMPUTE_FIELDS aside.
 
+    A field of the network that is missing, as in what an older release saved, has its default.
+
     Raises:
         ValueError: names each field that differs, with both values; or for a newer format.
     """
@@ -92,9 +95,10 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
     differences = []
     for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
         old, new = saved[part], wanted[part]
+        if part == "network":
+            old, new = _get_network_fields(old), _get_network_fields(new)
         if isinstance(old, dict) and isinstance(new, dict):
-            keys = sorted({*old, *new} - ({*COMPUTE_FIELDS} if part == "network" else set()))
-            keys = [k for k in keys if old.get(k) != new.get(k)]
+            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
             differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
         elif old != new:
             differences.append(f"{part} is {old} there, {new} here")
@@ -103,6 +107,14 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
             f"the checkpoint in {where} belongs to another model: {'; '.join(differences)}. "
             "Use another workdir, or the config that it was trained with"
         )
+
+
+def _get_network_fields(given: dict) -> dict:
+    """What `get_network` takes the given fields for, as a JSON object, without COMPUTE_FIELDS."""
+    bound = inspect.signature(get_network).bind(**given)
+    bound.apply_defaults()
+    fields = {k: v for k, v in bound.arguments.items() if k not in COMPUTE_FIELDS}
+    return json.loads(json.dumps(fields))
 
 
 def load_model(folder: str | os.PathLike | None = None, step: str | int = "last") -> Model:

@@ -88,7 +88,14 @@ def test_pictures_are_those_of_the_network_that_is_not_folded():
 
 @pytest.mark.parametrize(
     "fields, tokens",
-    [({"norm": "group"}, ()), ({"heads": 2}, ()), ({"scaled": True}, ()), ({}, (2,))],
+    [
+        ({"norm": "group"}, ()),
+        ({"norm": "rms"}, ()),
+        ({"heads": 2}, ()),
+        ({"scaled": True}, ()),
+        ({"conditioning": "adaptive"}, ()),
+        ({}, (2,)),
+    ],
 )
 def test_other_networks_are_run_as_they_are(fields, tokens):
     widths = (16, 32) if "norm" in fields else (16, 24, 32, 40)

@@ -41,8 +41,17 @@ def test_how_a_network_is_computed_makes_no_other_model():
     saved, fields = create_meta(), FIELDS | {"remat": True, "dtype": "bfloat16"}
     models.check_meta(saved, create_meta(network=fields), "there")
     models.check_meta(create_meta(network=fields), saved, "there")
-    with pytest.raises(ValueError, match="network.norm is None there, group here"):
+    with pytest.raises(ValueError, match="network.norm is batch there, group here"):
         models.check_meta(saved, create_meta(network=fields | {"norm": "group"}), "there")
+
+
+def test_a_field_that_an_older_release_did_not_save_has_its_default():
+    newer = create_meta(network=FIELDS | {"conditioning": "token"})
+    models.check_meta(create_meta(), newer, "there")
+    models.check_meta(newer, create_meta(), "there")
+    newer = create_meta(network=FIELDS | {"conditioning": "adaptive"})
+    with pytest.raises(ValueError, match="network.conditioning is token there, adaptive here"):
+        models.check_meta(create_meta(), newer, "there")
 
 
 def test_a_run_of_a_newer_format_is_refused():
