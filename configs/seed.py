@@ -52,8 +52,11 @@ def get_config():
 
     config.noising = ConfigDict()
     config.noising.mixture = "variance_preserving"
-    config.noising.noise_law = "half_normal"
-    config.noising.max_angle = 1.0
+    config.noising.noise_law = "half_normal"  # uniform or log_normal
+    config.noising.max_angle = 1.0  # of half_normal and uniform
+    config.noising.p_mean = -1.2  # of log_normal
+    config.noising.p_std = 1.2
+    config.noising.target = "x_zero"  # what the network puts out, or velocity
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4
@@ -65,6 +68,10 @@ def get_config():
     config.training.label_dropout = 0.15
     config.training.ema_decay = 0.999
     config.training.accumulate = 1  # parts of a device's batch, one after the other
+    config.training.loss = "mae"  # mse or huber
+    config.training.loss_weighting = "none"  # min_snr
+    config.training.huber_delta = 0.1  # of huber
+    config.training.min_snr_gamma = 5.0  # of min_snr
 
     config.sampling = ConfigDict()
     config.sampling.class_guidance = 4.0

@@ -124,8 +124,9 @@ def get_estimator(
 ) -> Callable[[Float[Array, "n h w c"], Float[Array, ""]], Float[Array, "k n h w c"]]:
     """Folds a network for k sets of labels: estimate(x_t, noise_level) -> (k, n, h, w, c).
 
-    All sets see the same noisy latents, so what comes before the first cross-attention is computed
-    once. Call it outside the loop, and the estimate in it.
+    The estimate is what the network itself puts out, whatever its target. All sets see the same
+    noisy latents, so what comes before the first cross-attention is computed once. Call it outside
+    the loop, and the estimate in it.
     """
     folded = fold(network, variables)
     k, n = labels.shape[:2]

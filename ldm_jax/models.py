@@ -20,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax import records
 from ldm_jax.latents import LatentScale
+from ldm_jax.noising import get_process
 from ldm_jax.sampler import Denoiser
 from ldm_jax.shards import file_digest
 from ldm_jax.unet import get_network
@@ -60,7 +61,7 @@ def create_meta(
 
     Args:
         network: arguments of `get_network`.
-        noising: mixture, noise law and largest angle of the training.
+        noising: arguments of `get_process` in the training.
         sampling: arguments of `get_diffuser`, the defaults when pictures are drawn.
         scale: of the latents.
         vae: identity of the VAE, {"name", "sha256"}.
@@ -86,17 +87,20 @@ def create_meta(
 def check_meta(saved: dict, wanted: dict, where: str) -> None:
     """Compares the architecture and the data's contract of two models, COMPUTE_FIELDS aside.
 
-    A field of the network that is missing, as in what an older release saved, has its default.
+    A field that is missing, as in what an older release saved, has its default. Of the noising that
+    counts which decides what the network puts out.
 
     Raises:
         ValueError: names each field that differs, with both values; or for a newer format.
     """
     _check_version(saved, where)
     differences = []
-    for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
+    for part in ("network", "noising", "vae", "text_encoder", "std_latent", "mean_latent"):
         old, new = saved[part], wanted[part]
         if part == "network":
             old, new = _get_network_fields(old), _get_network_fields(new)
+        if part == "noising":
+            old, new = _get_output_fields(old), _get_output_fields(new)
         if isinstance(old, dict) and isinstance(new, dict):
             keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
             differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
@@ -115,6 +119,12 @@ def _get_network_fields(given: dict) -> dict:
     bound.apply_defaults()
     fields = {k: v for k, v in bound.arguments.items() if k not in COMPUTE_FIELDS}
     return json.loads(json.dumps(fields))
+
+
+def _get_output_fields(noising: dict) -> dict:
+    """The target, and the mixture where the target depends on it."""
+    target = get_process(**noising).target
+    return {"target": target} | ({} if target == "x_zero" else {"mixture": noising["mixture"]})
 
 
 def load_model(folder: str | os.PathLike | None = None, step: str | int = "last") -> Model:
@@ -153,7 +163,8 @@ def load_model(folder: str | os.PathLike | None = None, step: str | int = "last"
     scale = LatentScale(
         np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
     )
-    return Model(Denoiser(network, variables), scale, meta)
+    process = get_process(**meta["noising"])
+    return Model(Denoiser(network, variables, process), scale, meta)
 
 
 def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
