@@ -159,9 +159,12 @@ def _train(config, workdir, profile, preempted):
     seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
     picture_keys = sampler.get_picture_keys(range(len(captions)))
 
+    def get_denoiser(state):
+        return sampler.Denoiser(network, gather(state.ema_variables), process)
+
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
-        denoiser = sampler.Denoiser(network, gather(state.ema_variables))
+        denoiser = get_denoiser(state)
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
         latents = diffuser.reverse_diffusion(seeds, labels, keys=picture_keys)
         latents = jax.jit(scale.restore)(latents)
@@ -228,8 +231,7 @@ def _train(config, workdir, profile, preempted):
             if due(step, config.sample_every) and not stop:
                 write_samples(step, state, log)
             if examine and examined and not stop:
-                denoiser = sampler.Denoiser(network, gather(state.ema_variables))
-                values |= examine(step, denoiser)
+                values |= examine(step, get_denoiser(state))
             if snapshot:
                 write_snapshot(step, state)
             if save:

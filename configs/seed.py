@@ -40,7 +40,8 @@ def get_config():
     config.network.emb_size = 512
     config.network.latent_channels = 4
     config.network.widths = (128, 256, 512, 640)
-    config.network.norm = "batch"
+    config.network.conditioning = "token"  # or adaptive, beside the token
+    config.network.norm = "batch"  # group or rms
     config.network.heads = 1
     config.network.scaled = False
     config.network.key_fraction = 8
@@ -52,8 +53,11 @@ def get_config():
 
     config.noising = ConfigDict()
     config.noising.mixture = "variance_preserving"
-    config.noising.noise_law = "half_normal"
-    config.noising.max_angle = 1.0
+    config.noising.noise_law = "half_normal"  # uniform or log_normal
+    config.noising.max_angle = 1.0  # of half_normal and uniform
+    config.noising.p_mean = -1.2  # of log_normal
+    config.noising.p_std = 1.2
+    config.noising.target = "x_zero"  # what the network puts out, or velocity
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-4
@@ -65,6 +69,10 @@ def get_config():
     config.training.label_dropout = 0.15
     config.training.ema_decay = 0.999
     config.training.accumulate = 1  # parts of a device's batch, one after the other
+    config.training.loss = "mae"  # mse or huber
+    config.training.loss_weighting = "none"  # min_snr
+    config.training.huber_delta = 0.1  # of huber
+    config.training.min_snr_gamma = 5.0  # of min_snr
 
     # More averages, of which one of any length can be made afterwards, see docs/checkpoints.md.
     config.power_ema = ConfigDict()

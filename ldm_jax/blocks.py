@@ -90,6 +90,10 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
 class ResidualBlock(nn.Module):
     """r + Conv3x3(swish(Conv3x3(norm(x)))), r = x, or Conv1x1(x) where the width changes.
 
+    An embedding, where one is given, scales and shifts what the first convolution makes, channel by
+    channel: swish((1 + scale) norm(h) + shift) (FiLM, Perez et al. 2018, eq. 2; adaptive group
+    normalisation, Dhariwal & Nichol 2021, section 3). Both are projections that start at zero.
+
     In training, `dropout` is the share of the activations between the convolutions that is zeroed.
     """
 
@@ -101,16 +105,26 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b h w c"], *, train: bool = False
+        self,
+        x: Float[Array, "b h w c"],
+        embedding: Float[Array, "b e"] | None = None,
+        *,
+        train: bool = False,
     ) -> Float[Array, "b h w width"]:
         conv = partial(nn.Conv, self.width, dtype=self.dtype)
-        norm = get_norm(self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
+        layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
+        norm = get_norm(self.norm, affine=False, **layer)
         residual = x
         if x.shape[-1] != self.width:
             residual = conv(kernel_size=(1, 1), name="residual")(x)
-        h = norm(use_scale=False, use_bias=False, name="norm")(x)
-        h = nn.swish(conv(kernel_size=(3, 3), name="conv_0")(h))
-        h = Dropout(self.dropout, self.axis_name)(h, train=train)
+        h = norm(name="norm")(x)
+        h = conv(kernel_size=(3, 3), name="conv_0")(h)
+        if embedding is not None:
+            zeros = nn.initializers.zeros
+            film = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
+            scale, shift = jnp.split(film(embedding)[:, None, None], 2, axis=-1)
+            h = (1 + scale) * norm(name="norm_film")(h) + shift
+        h = Dropout(self.dropout, self.axis_name)(nn.swish(h), train=train)
         return conv(kernel_size=(3, 3), name="conv_1")(h) + residual
 
 
@@ -191,7 +205,7 @@ class CrossAttention(nn.Module):
             get_norm(self.norm, **layer),
             get_norm(self.norm, per_token=True, **layer),
         )
-        # Batch statistics leave padding out; a group norm looks at one token at a time anyway.
+        # Batch statistics leave padding out; other norms look at one token at a time anyway.
         statistics = {"mask": mask[..., None]} if self.norm == "batch" and mask is not None else {}
         tokens = token_norm(name="norm_cond")(cond, **statistics)
         values = dense(width, name="value")(tokens)
@@ -228,11 +242,13 @@ class Unit(nn.Module):
         x: Float[Array, "b h w c"],
         cond: Float[Array, "b n e"],
         mask: Bool[Array, "b n"] | None = None,
+        embedding: Float[Array, "b e"] | None = None,
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
         layer = {"norm": self.norm, "dtype": self.dtype, "axis_name": self.axis_name}
-        x = ResidualBlock(self.width, self.dropout, **layer, name="residual")(x, train=train)
+        block = ResidualBlock(self.width, self.dropout, **layer, name="residual")
+        x = block(x, embedding, train=train)
         if not self.attention:
             return x
         layer |= {"heads": self.heads, "scaled": self.scaled, "key_fraction": self.key_fraction}
@@ -252,11 +268,12 @@ class DownBlock(nn.Module):
     unit: Any = Unit
 
     @nn.compact
-    def __call__(self, x, cond, mask=None, *, train: bool = False):
+    def __call__(self, x, cond, mask=None, embedding=None, *, train: bool = False):
         """x (b, h, w, c), cond (b, n, e) => (b, h/2, w/2, width) and the skips (b, h, w, width)."""
         skips = []
         for i in range(self.block_depth):
-            x = self.unit(self.width, self.attention, name=f"unit_{i}")(x, cond, mask, train=train)
+            unit = self.unit(self.width, self.attention, name=f"unit_{i}")
+            x = unit(x, cond, mask, embedding, train=train)
             skips.append(x)
         return nn.avg_pool(x, (2, 2), strides=(2, 2)), skips
 
@@ -269,10 +286,11 @@ class UpBlock(nn.Module):
     unit: Any = Unit
 
     @nn.compact
-    def __call__(self, x, skips, cond, mask=None, *, train: bool = False):
+    def __call__(self, x, skips, cond, mask=None, embedding=None, *, train: bool = False):
         """x (b, h, w, c), skips (b, 2h, 2w, s) in the order made => (b, 2h, 2w, width)."""
         x = upsample(x)
         for i, skip in enumerate(reversed(skips)):
             x = jnp.concatenate([x, skip], axis=-1)
-            x = self.unit(self.width, self.attention, name=f"unit_{i}")(x, cond, mask, train=train)
+            unit = self.unit(self.width, self.attention, name=f"unit_{i}")
+            x = unit(x, cond, mask, embedding, train=train)
         return x

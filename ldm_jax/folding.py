@@ -58,9 +58,13 @@ class FoldedUNet(NamedTuple):
 
 
 def can_fold(network: Any, labels: Float[Array, "k n *t e"]) -> bool:
-    """Whether `fold` knows the network: batch norms, one head, unscaled, one conditioning token."""
+    """Whether `fold` knows the network: batch norms, one head, unscaled, conditioned by one token.
+
+    Scales that depend on noise level and text, between norm and convolution, merge with neither.
+    """
     tokens = 1 if labels.ndim == 3 else labels.shape[2]
-    return network.norm == "batch" and network.heads == 1 and not network.scaled and tokens == 1
+    plain = network.heads == 1 and not network.scaled and network.conditioning == "token"
+    return plain and network.norm == "batch" and tokens == 1
 
 
 def fold(network: Any, variables: Any) -> FoldedUNet:
@@ -120,8 +124,9 @@ def get_estimator(
 ) -> Callable[[Float[Array, "n h w c"], Float[Array, ""]], Float[Array, "k n h w c"]]:
     """Folds a network for k sets of labels: estimate(x_t, noise_level) -> (k, n, h, w, c).
 
-    All sets see the same noisy latents, so what comes before the first cross-attention is computed
-    once. Call it outside the loop, and the estimate in it.
+    The estimate is what the network itself puts out, whatever its target. All sets see the same
+    noisy latents, so what comes before the first cross-attention is computed once. Call it outside
+    the loop, and the estimate in it.
     """
     folded = fold(network, variables)
     k, n = labels.shape[:2]

@@ -6,6 +6,7 @@ run's checkpoint the averaged weights alone are read; `export_model` writes them
 beside a JSON file.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax import records, snapshots
 from ldm_jax.latents import LatentScale
+from ldm_jax.noising import get_process
 from ldm_jax.sampler import Denoiser
 from ldm_jax.shards import file_digest
 from ldm_jax.unet import get_network
@@ -59,7 +61,7 @@ def create_meta(
 
     Args:
         network: arguments of `get_network`.
-        noising: mixture, noise law and largest angle of the training.
+        noising: arguments of `get_process` in the training.
         sampling: arguments of `get_diffuser`, the defaults when pictures are drawn.
         scale: of the latents.
         vae: identity of the VAE, {"name", "sha256"}.
@@ -85,16 +87,22 @@ def create_meta(
 def check_meta(saved: dict, wanted: dict, where: str) -> None:
     """Compares the architecture and the data's contract of two models, COMPUTE_FIELDS aside.
 
+    A field that is missing, as in what an older release saved, has its default. Of the noising that
+    counts which decides what the network puts out.
+
     Raises:
         ValueError: names each field that differs, with both values; or for a newer format.
     """
     _check_version(saved, where)
     differences = []
-    for part in ("network", "vae", "text_encoder", "std_latent", "mean_latent"):
+    for part in ("network", "noising", "vae", "text_encoder", "std_latent", "mean_latent"):
         old, new = saved[part], wanted[part]
+        if part == "network":
+            old, new = _get_network_fields(old), _get_network_fields(new)
+        if part == "noising":
+            old, new = _get_output_fields(old), _get_output_fields(new)
         if isinstance(old, dict) and isinstance(new, dict):
-            keys = sorted({*old, *new} - ({*COMPUTE_FIELDS} if part == "network" else set()))
-            keys = [k for k in keys if old.get(k) != new.get(k)]
+            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
             differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
         elif old != new:
             differences.append(f"{part} is {old} there, {new} here")
@@ -103,6 +111,20 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
             f"the checkpoint in {where} belongs to another model: {'; '.join(differences)}. "
             "Use another workdir, or the config that it was trained with"
         )
+
+
+def _get_network_fields(given: dict) -> dict:
+    """What `get_network` takes the given fields for, as a JSON object, without COMPUTE_FIELDS."""
+    bound = inspect.signature(get_network).bind(**given)
+    bound.apply_defaults()
+    fields = {k: v for k, v in bound.arguments.items() if k not in COMPUTE_FIELDS}
+    return json.loads(json.dumps(fields))
+
+
+def _get_output_fields(noising: dict) -> dict:
+    """The target, and the mixture where the target depends on it."""
+    target = get_process(**noising).target
+    return {"target": target} | ({} if target == "x_zero" else {"mixture": noising["mixture"]})
 
 
 def load_model(
@@ -148,7 +170,8 @@ def load_model(
     scale = LatentScale(
         np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
     )
-    return Model(Denoiser(network, variables), scale, meta)
+    process = get_process(**meta["noising"])
+    return Model(Denoiser(network, variables, process), scale, meta)
 
 
 def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:

@@ -16,17 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-NORMS = ("batch", "group")
+NORMS = ("batch", "group", "rms")
 GROUP_SIZE = 16
 EPSILON = 1e-3  # Of batch norms.
 
 
 def get_norm(
-    norm: str, *, train: bool, dtype: Any, per_token: bool = False, axis_name: Any = None
+    norm: str,
+    *,
+    train: bool,
+    dtype: Any,
+    affine: bool = True,
+    per_token: bool = False,
+    axis_name: Any = None,
 ) -> Any:
-    """The layer that `norm` names, its habits set: partial of BatchNorm or nn.GroupNorm.
+    """The layer that `norm` names, its habits set: partial of BatchNorm, nn.GroupNorm, nn.RMSNorm.
 
-    `per_token` keeps a group norm from mixing the tokens of a sequence.
+    "rms" divides each position's channels by their root mean square and multiplies by a scale for
+    each channel; it subtracts no mean and adds no bias (Zhang & Sennrich 2019, eq. 4).
+
+    Args:
+        norm: one of NORMS.
+        train: a batch norm takes the batch's statistics.
+        dtype: of what comes out.
+        affine: whether the norm has weights.
+        per_token: keeps a group norm from mixing the tokens of a sequence.
+        axis_name: see above.
 
     Raises:
         ValueError: for a norm of another name.
@@ -37,6 +52,8 @@ def get_norm(
             use_running_average=not train,
             momentum=0.99,
             epsilon=EPSILON,
+            use_scale=affine,
+            use_bias=affine,
             dtype=dtype,
             axis_name=axis_name,
         )
@@ -47,9 +64,13 @@ def get_norm(
             num_groups=None,
             group_size=GROUP_SIZE,
             epsilon=1e-5,
+            use_scale=affine,
+            use_bias=affine,
             dtype=dtype,
             reduction_axes=axes,
         )
+    if norm == "rms":
+        return partial(nn.RMSNorm, epsilon=1e-5, use_scale=affine, dtype=dtype)
     raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ldm_jax import folding, solvers
-from ldm_jax.noising import SignalRule
+from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.schedules import get_noise_levels
 
 
@@ -83,7 +83,11 @@ def _derive_keys(picture_seeds):
     return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), 1))(picture_seeds)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["variables"], meta_fields=["network"])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["variables"],
+    meta_fields=["network", "process"],
+)
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
     """A network with its weights: a callable pytree, (x_t, noise_levels, labels) => x_0.
@@ -91,19 +95,29 @@ class Denoiser:
     Attributes:
         network: a linen module, compared by its fields; the same fields never retrace.
         variables: its params and batch_stats.
+        process: of its training, which says what the network's output means, also to a sampler that
+            updates by another rule.
     """
 
     network: Any
     variables: Any
+    process: ForwardProcess = ForwardProcess()
 
     def __call__(self, x_t, noise_levels, labels):
-        return self.network.apply(self.variables, x_t, noise_levels, labels)
+        output = self.network.apply(self.variables, x_t, noise_levels, labels)
+        return self.process.get_x_zero(x_t, output, noise_levels)
 
     def prepare(self, labels: Float[Array, "k n *t e"]) -> Callable:
         """What `get_estimator` returns, with all that a loop over noise levels can share done."""
-        if folding.can_fold(self.network, labels):
-            return folding.get_estimator(self.network, self.variables, labels)
-        return _batch(Denoiser(self.network, self._in_compute_dtype()), labels)
+        if not folding.can_fold(self.network, labels):
+            return _batch(dataclasses.replace(self, variables=self._in_compute_dtype()), labels)
+        run = folding.get_estimator(self.network, self.variables, labels)
+
+        def estimate(x_t, noise_level):
+            get_x_zero = lambda output: self.process.get_x_zero(x_t, output, noise_level)  # noqa: E731
+            return jax.vmap(get_x_zero)(run(x_t, noise_level))
+
+        return estimate
 
     def _in_compute_dtype(self):
         """Kernels in the dtype that they are used in: they are rounded once, not at each step."""

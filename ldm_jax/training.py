@@ -15,9 +15,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ldm_jax import sharding
 from ldm_jax.accumulation import get_value_and_grad
-from ldm_jax.latents import LatentScale, draw_latents
-from ldm_jax.noising import ForwardProcess, add_noise
-from ldm_jax.norms import sample_keys
+from ldm_jax.corruption import corrupt
+from ldm_jax.latents import LatentScale
+from ldm_jax.noising import ForwardProcess
+from ldm_jax.objectives import Objective
 
 DECAYS = ("constant", "cosine")
 
@@ -119,50 +120,20 @@ def create_train_state(
     )
 
 
-def corrupt(
-    rng: PRNGKeyArray,
-    batch: Mapping,
-    scale: LatentScale,
-    process: ForwardProcess,
-    label_dropout: float,
-    axis_name: Any = None,
-) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"], Float[Array, " b"], Array]:
-    """What the network learns from: clean latents, noisy ones, noise levels and labels.
-
-    Each sample has a key of its own, by its place in the whole batch: its noise is the same bit for
-    bit however the batch is spread over devices.
-
-    Args:
-        rng: key of the step, consumed.
-        batch: see `get_loss`.
-        scale, process, label_dropout: see `get_train_step`.
-        axis_name: the axes over which the batch is spread by hand, see norms.py.
-    """
-
-    def corrupt_one(key, sample):
-        # As a batch of one, which is what the functions below take.
-        sample = {name: x[None].astype(jnp.float32) for name, x in sample.items()}
-        latent_key, noise_key, drop_key = jax.random.split(key, 3)
-        latents = draw_latents(latent_key, sample["latents_mean"], sample.get("latents_std"))
-        latents = scale.normalise(latents)
-        x_t, noise_levels = add_noise(noise_key, latents, process)
-        labels = drop_labels(drop_key, sample["text_embeddings"], label_dropout)
-        return latents[0], x_t[0], noise_levels[0], labels[0]
-
-    keys = sample_keys(rng, len(batch["latents_mean"]), axis_name)
-    return jax.vmap(corrupt_one)(keys, dict(batch))
-
-
 def get_loss(
     network: Any,
     scale: LatentScale,
     process: ForwardProcess,
     label_dropout: float = 0.0,
     *,
+    objective: Objective | None = None,
     train: bool = False,
     axis_name: Any = None,
 ) -> Callable:
-    """The loss of the original: mean absolute error of the estimate of x_0.
+    """The loss of what the network puts out by an objective.
+
+    Without one it is the mean absolute error of the estimate of x_0, whatever the network's target:
+    the original's loss, and the one by which trainings with other choices can be compared.
 
     Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats). A batch holds
     "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
@@ -171,31 +142,25 @@ def get_loss(
 
     def loss_fn(params, batch_stats, rng, batch):
         sample_key, dropout_key = jax.random.split(rng)
-        corrupted = corrupt(sample_key, batch, scale, process, label_dropout, axis_name)
-        latents, x_t, noise_levels, labels = corrupted
+        drawn = corrupt(sample_key, batch, scale, process, label_dropout, axis_name)
         variables = {"params": params, "batch_stats": batch_stats}
-        x_zero, updates = network.apply(
+        output, updates = network.apply(
             variables,
-            x_t,
-            noise_levels,
-            labels,
+            drawn.x_t,
+            drawn.noise_levels,
+            drawn.labels,
             train=train,
             mutable=["batch_stats"],
             rngs={"dropout": dropout_key},
         )
-        loss = jnp.mean(jnp.abs(x_zero - latents))
+        if objective is None:
+            x_zero = process.get_x_zero(drawn.x_t, output, drawn.noise_levels)
+            loss = jnp.mean(jnp.abs(x_zero - drawn.latents))
+        else:
+            loss = objective(output, drawn.target, drawn.noise_levels, process)
         return loss, updates.get("batch_stats", {}) if train else batch_stats
 
     return loss_fn
-
-
-def drop_labels(
-    rng: PRNGKeyArray, text_embeddings: Float[Array, "b *n e"], rate: float
-) -> Float[Array, "b *n e"]:
-    """Replaces whole embeddings by zeros, "no text", with probability `rate`. Consumes the key."""
-    keep_shape = (text_embeddings.shape[0],) + (1,) * (text_embeddings.ndim - 1)
-    keep = jax.random.bernoulli(rng, 1 - rate, keep_shape)
-    return jnp.where(keep, text_embeddings, 0.0)
 
 
 def get_train_step(
@@ -207,6 +172,10 @@ def get_train_step(
     label_dropout: float = 0.15,
     ema_decay: float = 0.999,
     accumulate: int = 1,
+    loss: str = "mae",
+    loss_weighting: str = "none",
+    huber_delta: float = 0.1,
+    min_snr_gamma: float = 5.0,
     mesh: Mesh | None = None,
     parallelism: str = "jit",
     reduce_dtype: str = "float32",
@@ -214,7 +183,8 @@ def get_train_step(
     """The jitted step: state, metrics = train_step(state, rng, batch).
 
     `rng` is the run's key, the same at each step; the step folds its own number in. The state is
-    donated. Metrics, "loss" and "grad_norm", stay on the device. The average's decay warms up as
+    donated. Metrics, "loss", which is what is minimised, and "grad_norm", stay on the device. The
+    average's decay warms up as
     min(ema_decay, (1 + step) / (10 + step)), so that it forgets the initial weights.
 
     Args:
@@ -225,18 +195,21 @@ def get_train_step(
         label_dropout: probability of a text being replaced by zeros, "no text".
         ema_decay: of the averaged weights.
         accumulate: parts that a device's batch is worked through in, see accumulation.py.
+        loss, loss_weighting, huber_delta, min_snr_gamma: see `Objective`.
         mesh: over which state and batch are spread, see sharding.py; None leaves it to XLA.
         parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
         reduce_dtype: in which the devices add up gradients.
 
     Raises:
-        ValueError: for a label_dropout or an ema_decay outside [0, 1), an accumulate below 1, and
-            for a kind of parallelism that does not exist or does not go with the mesh.
+        ValueError: for a label_dropout or an ema_decay outside [0, 1), an accumulate below 1,
+            fields that `Objective` refuses, and for a kind of parallelism that does not exist or
+            does not go with the mesh.
     """
     for name, value in [("label_dropout", label_dropout), ("ema_decay", ema_decay)]:
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
-    loss_options: dict[str, Any] = {"label_dropout": label_dropout, "train": True}
+    objective = Objective(loss, loss_weighting, huber_delta, min_snr_gamma)
+    loss_options = {"label_dropout": label_dropout, "objective": objective, "train": True}
     if mesh is not None:
         loss_options["axis_name"] = sharding.batch_axes(parallelism)
         network = network.clone(axis_name=loss_options["axis_name"])
@@ -301,7 +274,8 @@ def get_eval_step(
 ) -> Callable[[TrainState, PRNGKeyArray, Mapping], Array]:
     """The jitted held-out loss of the averaged weights: loss = eval_step(state, rng, batch).
 
-    The same key gives the same noise, so that the losses of two checkpoints can be compared.
+    It is the mean absolute error of x_0, whatever was minimised in training. The same key gives the
+    same noise, so that the losses of two checkpoints can be compared.
     """
     loss_fn = get_loss(network, scale, process)
 

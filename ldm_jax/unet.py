@@ -10,6 +10,8 @@ from jaxtyping import Array, Float
 from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
 from ldm_jax.norms import GROUP_SIZE, NORMS
 
+CONDITIONINGS = ("token", "adaptive")
+
 
 class RematUnit(Unit):
     """A unit whose activations are computed again for its gradient instead of being kept.
@@ -17,11 +19,11 @@ class RematUnit(Unit):
     Chen et al. 2016. Its variables, names and values are the unit's.
     """
 
-    def __call__(self, x, cond, mask=None, *, train=False):
+    def __call__(self, x, cond, mask=None, embedding=None, *, train=False):
         def run(unit, *inputs):
             return Unit.__call__(unit, *inputs, train=train)
 
-        return nn.remat(run)(self, x, cond, mask)
+        return nn.remat(run)(self, x, cond, mask, embedding)
 
 
 class UNet(nn.Module):
@@ -32,6 +34,7 @@ class UNet(nn.Module):
     emb_size: int = 512
     latent_channels: int = 4
     widths: tuple[int, ...] = (128, 256, 512, 640)
+    conditioning: str = "token"
     norm: str = "batch"
     heads: int = 1
     scaled: bool = False
@@ -75,7 +78,7 @@ class UNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
-        cond, mask = self._condition(noise_levels, text_embeddings)
+        cond = self._condition(noise_levels, text_embeddings)  # tokens, their mask, embedding
         *widths, bottleneck = self.widths
         x = nn.Conv(widths[0], (1, 1), dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
 
@@ -83,16 +86,16 @@ class UNet(nn.Module):
         skips = []
         for i, width in enumerate(widths):
             down = DownBlock(width, self.block_depth, attention=i > 0, unit=unit, name=f"down_{i}")
-            x, block_skips = down(x, cond, mask, train=train)
+            x, block_skips = down(x, *cond, train=train)
             skips.append(block_skips)
 
         # Bottleneck.
         for i in range(self.block_depth):
-            x = unit(bottleneck, name=f"bottleneck_{i}")(x, cond, mask, train=train)
+            x = unit(bottleneck, name=f"bottleneck_{i}")(x, *cond, train=train)
 
         # Up. Attention at every resolution.
         for i, width in enumerate(reversed(widths)):
-            x = UpBlock(width, unit=unit, name=f"up_{i}")(x, skips.pop(), cond, mask, train=train)
+            x = UpBlock(width, unit=unit, name=f"up_{i}")(x, skips.pop(), *cond, train=train)
 
         conv_out = nn.Conv(
             self.latent_channels, (1, 1), kernel_init=nn.initializers.zeros, name="conv_out"
@@ -100,15 +103,24 @@ class UNet(nn.Module):
         return conv_out(x.astype(jnp.float32))
 
     def _condition(self, noise_levels, text_embeddings):
-        """The conditioning tokens (b, n, channels), and which of them count (b, n)."""
+        """Tokens (b, n, channels); which of them count (b, n); the embedding (b, e) or None."""
         if text_embeddings.ndim == 2:
             text_embeddings = text_embeddings[:, None]
         b, n, _ = text_embeddings.shape
         mask = jnp.any(text_embeddings != 0, axis=-1) | (jnp.arange(n) == 0)[None, :]
         text = nn.Dense(self.text_features, dtype=self.dtype, name="text")(text_embeddings)
-        noise = sinusoidal_embedding(noise_levels, self.noise_emb_dim).astype(self.dtype)
-        noise = jnp.broadcast_to(noise[:, None], (b, n, self.noise_emb_dim))
-        return jnp.concatenate([noise, text], axis=-1), (mask if n > 1 else None)
+        level = sinusoidal_embedding(noise_levels, self.noise_emb_dim).astype(self.dtype)
+        noise = jnp.broadcast_to(level[:, None], (b, n, self.noise_emb_dim))
+        tokens = jnp.concatenate([noise, text], axis=-1)
+        embedding = self._embed(level, text, mask) if self.conditioning == "adaptive" else None
+        return tokens, (mask if n > 1 else None), embedding
+
+    def _embed(self, level, text, mask):
+        """What scales and shifts all residual blocks: an MLP of noise level and mean token."""
+        dense = partial(nn.Dense, 4 * self.widths[0], dtype=self.dtype)
+        pooled = jnp.mean(text, axis=1, where=mask[..., None])
+        h = nn.swish(dense(name="embedding_0")(jnp.concatenate([level, pooled], axis=-1)))
+        return nn.swish(dense(name="embedding_1")(h))
 
     def _check(self, x_t, noise_levels, text_embeddings):
         size, channels = self.latent_image_size, self.latent_channels
@@ -136,6 +148,7 @@ def get_network(
     latent_channels: int = 4,
     *,
     widths: tuple[int, ...] = (128, 256, 512, 640),
+    conditioning: str = "token",
     norm: str = "batch",
     heads: int = 1,
     scaled: bool = False,
@@ -154,7 +167,11 @@ def get_network(
         emb_size: width of the text embeddings.
         latent_channels: channels of the latents.
         widths: channels at each resolution, then of the bottleneck.
-        norm: "batch", or "group" (groups of 16 channels), under which pictures do not interact.
+        conditioning: "token", noise level and text reach the maps through cross-attention alone;
+            or "adaptive", they also scale and shift the activations of each `ResidualBlock`, by an
+            MLP of the noise level's embedding and the mean of the text's tokens.
+        norm: "batch"; or "group" (groups of 16 channels) or "rms" (the channels of a position),
+            under which pictures do not interact.
         heads: attention heads.
         scaled: divide the attention's logits by the square root of a head's width.
         key_fraction: queries and keys have 1 / key_fraction of a map's channels.
@@ -180,6 +197,8 @@ def get_network(
         )
     if block_depth < 1:
         raise ValueError(f"block_depth must be at least 1, got {block_depth}")
+    if conditioning not in CONDITIONINGS:
+        raise ValueError(f"conditioning must be one of {CONDITIONINGS}, got {conditioning!r}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
     grouped = (*widths, noise_emb_dim + text_features)
@@ -204,6 +223,7 @@ def get_network(
         emb_size=emb_size,
         latent_channels=latent_channels,
         widths=widths,
+        conditioning=conditioning,
         norm=norm,
         heads=heads,
         scaled=scaled,

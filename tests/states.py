@@ -9,13 +9,14 @@ from ldm_jax.latents import LatentScale
 from ldm_jax.unet import get_network
 
 FIELDS = {"latent_image_size": 8, "block_depth": 1, "emb_size": 6, "widths": (8, 16)}
+NOISING = {"mixture": "variance_preserving", "noise_law": "uniform", "max_angle": 1.5}
 SCALE = LatentScale(np.float32([2, 3, 4, 5]), np.float32([0, 1, 0, -1]))
 
 
 def create_meta(**changes):
     fields = {
         "network": FIELDS,
-        "noising": {"mixture": "variance_preserving", "noise_law": "uniform", "max_angle": 1.5},
+        "noising": NOISING,
         "sampling": {"class_guidance": 2.0, "diffusion_steps": 4},
         "scale": SCALE,
         "vae": {"name": "some/vae", "sha256": "ab"},

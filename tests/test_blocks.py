@@ -174,6 +174,32 @@ def test_a_residual_block_has_a_convolution_of_size_one_where_the_width_changes(
     np.testing.assert_array_equal(y, x)
 
 
+def test_an_embedding_scales_and_shifts_the_normalised_activations():
+    x, embedding = draw(2, 4, 4, 16), draw(2, 5, seed=1)
+    layer = ResidualBlock(16, norm="rms")
+    params = init(layer, x, embedding)["params"]
+    scale, shift = np.split(dense(embedding, params["film"])[:, None, None], 2, axis=-1)
+
+    def conv(x, name):
+        layer = nn.Conv(16, (3, 3))
+        return np.asarray(layer.apply({"params": params[name]}, x))
+
+    def norm(x):
+        return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-5)
+
+    h = (1 + scale) * norm(conv(norm(x), "conv_0")) + shift
+    expected = conv(h / (1 + np.exp(-h)), "conv_1") + x
+    result = jax.jit(layer.apply)({"params": params}, x, embedding)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
+
+
+def test_scales_and_shifts_start_at_zero():
+    x, layer = draw(2, 4, 4, 16), ResidualBlock(16, norm="rms")
+    variables = layer.init(jax.random.key(0), x, draw(2, 5))
+    results = [layer.apply(variables, x, draw(2, 5, seed=seed)) for seed in (1, 2)]
+    np.testing.assert_array_equal(*results)
+
+
 def test_dropout_zeroes_activations_in_training_alone():
     x = draw(2, 8, 8, 16)
     layer = ResidualBlock(16, dropout=0.5)
@@ -194,7 +220,7 @@ class Identity(nn.Module):
     width: int
     attention: bool = True
 
-    def __call__(self, x, cond, mask=None, *, train=False):
+    def __call__(self, x, cond, mask=None, embedding=None, *, train=False):
         return x
 
 

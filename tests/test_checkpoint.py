@@ -111,7 +111,7 @@ def test_another_architecture_is_refused_and_its_fields_are_named(run_folder, st
     with pytest.raises(ValueError) as error:
         restore(run_folder, state, meta)
     assert "network.block_depth is 1 there, 3 here" in str(error.value)
-    assert "network.norm is None there, group here" in str(error.value)
+    assert "network.norm is batch there, group here" in str(error.value)
     assert "widths" not in str(error.value)
 
 

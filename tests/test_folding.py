@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import folding, sampler
+from ldm_jax.noising import TARGETS, ForwardProcess
 from ldm_jax.unet import get_network
 
 FIELDS = {
@@ -76,19 +77,41 @@ def test_folding_in_bfloat16_is_as_close_to_float32_as_the_network_in_bfloat16()
     assert distance(folded, expected) < 1.2 * distance(plain, expected) < 0.03
 
 
-def test_pictures_are_those_of_the_network_that_is_not_folded():
+@pytest.mark.parametrize("target", TARGETS)
+def test_pictures_are_those_of_the_network_that_is_not_folded(target):
     network = get_network(**FIELDS)
-    denoiser = sampler.Denoiser(network, create_variables(network))
+    process = ForwardProcess(target=target)
+    denoiser = sampler.Denoiser(network, create_variables(network), process)
     x_t, labels = draw_inputs()
     folded = sampler.get_diffuser(denoiser, diffusion_steps=6)
-    plain = sampler.get_diffuser(jax.tree_util.Partial(denoiser), diffusion_steps=6)
+    unfolded = jax.tree_util.Partial(sampler.Denoiser.__call__, denoiser)
+    plain = sampler.get_diffuser(unfolded, diffusion_steps=6)
     found = folded.reverse_diffusion(x_t, labels[0])
     assert distance(found, plain.reverse_diffusion(x_t, labels[0])) < 1e-4
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_velocity_becomes_the_estimate_of_x_zero_folded_or_not(scaled):
+    network = get_network(**FIELDS, scaled=scaled)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+    assert folding.can_fold(network, labels) != scaled
+    velocity = estimate_plainly(network, variables, x_t, labels, 0.4)
+    expected = np.sqrt(1 - 0.4**2) * x_t[None] - 0.4 * velocity
+    denoiser = sampler.Denoiser(network, variables, ForwardProcess(target="velocity"))
+    assert distance(denoiser.prepare(labels)(x_t, 0.4), expected) < 1e-5
+    assert distance(denoiser(x_t, jnp.full(3, 0.4), labels[0]), expected[0]) < 1e-5
+
+
 @pytest.mark.parametrize(
     "fields, tokens",
-    [({"norm": "group"}, ()), ({"heads": 2}, ()), ({"scaled": True}, ()), ({}, (2,))],
+    [
+        ({"norm": "group"}, ()),
+        ({"norm": "rms"}, ()),
+        ({"heads": 2}, ()),
+        ({"scaled": True}, ()),
+        ({"conditioning": "adaptive"}, ()),
+        ({}, (2,)),
+    ],
 )
 def test_other_networks_are_run_as_they_are(fields, tokens):
     widths = (16, 32) if "norm" in fields else (16, 24, 32, 40)

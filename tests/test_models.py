@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import tensorstore
 from safetensors.numpy import load_file
-from states import FIELDS, SCALE, at_step, create_meta, create_state, save_run
+from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, save_run
 
 from ldm_jax import checkpoint, models
 from ldm_jax.latents import LatentScale
+from ldm_jax.noising import get_process
 from ldm_jax.records import DamagedError
 from ldm_jax.sampler import Denoiser
 from ldm_jax.unet import get_network
@@ -41,8 +42,40 @@ def test_how_a_network_is_computed_makes_no_other_model():
     saved, fields = create_meta(), FIELDS | {"remat": True, "dtype": "bfloat16"}
     models.check_meta(saved, create_meta(network=fields), "there")
     models.check_meta(create_meta(network=fields), saved, "there")
-    with pytest.raises(ValueError, match="network.norm is None there, group here"):
+    with pytest.raises(ValueError, match="network.norm is batch there, group here"):
         models.check_meta(saved, create_meta(network=fields | {"norm": "group"}), "there")
+
+
+def test_a_field_that_an_older_release_did_not_save_has_its_default():
+    newer = create_meta(network=FIELDS | {"conditioning": "token"})
+    models.check_meta(create_meta(), newer, "there")
+    models.check_meta(newer, create_meta(), "there")
+    newer = create_meta(noising=NOISING | {"p_mean": 0.0, "target": "x_zero"})
+    models.check_meta(create_meta(), newer, "there")
+    newer = create_meta(network=FIELDS | {"conditioning": "adaptive"})
+    with pytest.raises(ValueError, match="network.conditioning is token there, adaptive here"):
+        models.check_meta(create_meta(), newer, "there")
+
+
+def test_what_a_network_puts_out_makes_another_model_and_how_it_is_trained_does_not():
+    velocity = create_meta(noising=NOISING | {"target": "velocity"})
+    with pytest.raises(ValueError, match="noising.target is x_zero there, velocity here"):
+        models.check_meta(create_meta(), velocity, "there")
+    convex = create_meta(noising=NOISING | {"target": "velocity", "mixture": "convex"})
+    with pytest.raises(ValueError, match="noising.mixture is variance_preserving there, convex he"):
+        models.check_meta(velocity, convex, "there")
+    models.check_meta(create_meta(), create_meta(noising=NOISING | {"mixture": "convex"}), "there")
+
+
+def test_a_model_knows_what_its_network_puts_out(tmp_path, state):
+    noising = NOISING | {"target": "velocity"}
+    with checkpoint.open_checkpoints(tmp_path / "run") as manager:
+        checkpoint.save_checkpoint(manager, state, create_meta(noising=noising))
+    model = models.load_model(tmp_path / "run")
+    assert model.denoiser.process == get_process(**noising)
+    model = models.load_model(models.export_model(model, tmp_path / "model"))
+    assert model.denoiser.process == get_process(**noising)
+    assert models.load_model().denoiser.process.target == "x_zero"  # The bundled one's meta is old.
 
 
 def test_a_run_of_a_newer_format_is_refused():

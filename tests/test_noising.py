@@ -99,6 +99,50 @@ def test_uniform_noise_levels_follow_their_law():
     assert kstest(np.asarray(levels, np.float64), lambda a: np.arcsin(a) / 1.2).pvalue > 0.01
 
 
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_log_normal_noise_to_signal_ratios_follow_their_law(mixture):
+    process = get_process(mixture, "log_normal", 1.0, p_mean=-0.5, p_std=1.5)
+    levels = jax.jit(process.sample_noise_levels, static_argnums=1)(jax.random.key(1), 100_000)
+    a = np.asarray(levels, np.float64)
+    assert 0 < a.min() and np.sin(1) < a.max() <= 1
+    a = a[a < 0.999]  # Float32 has few digits left beyond, of what is missing to 1.
+    highest = norm.cdf((np.log(0.999 / signal_levels(mixture, 0.999)) + 0.5) / 1.5)
+
+    def cdf(a):  # of ln(a / g) from N(-0.5, 1.5^2), as far as 0.999
+        return norm.cdf((np.log(a / signal_levels(mixture, a)) + 0.5) / 1.5) / highest
+
+    assert kstest(a, cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_the_velocity_is_the_derivative_of_the_mixture(mixture):
+    # By the angle where variance is preserved, a = sin(angle), and by a where it is convex.
+    x_zero, noise = draw((2, 5, 2, 2, 3), seed=1).astype(np.float64)
+    time = np.array([0.02, 0.3, 0.7, 1.1, 1.5]) / (1.6 if mixture == "convex" else 1)
+
+    def mix(time):
+        a = time if mixture == "convex" else np.sin(time)
+        g = signal_levels(mixture, a)
+        return a[:, None, None, None] * noise + g[:, None, None, None] * x_zero
+
+    expected = (mix(time + 1e-5) - mix(time - 1e-5)) / 2e-5
+    a = np.float32(time if mixture == "convex" else np.sin(time))
+    velocity = jax.jit(SignalRule(mixture).get_velocity)(np.float32(x_zero), np.float32(noise), a)
+    np.testing.assert_allclose(velocity, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_target_leads_back_to_x_zero_at_every_level(mixture):
+    x_zero, noise = draw((2, 5, 4, 4, 3))
+    a = np.array([0.0, 0.1, 0.5, 0.9, 1.0], np.float32)
+    for target in ("x_zero", "velocity"):
+        process = get_process(mixture, "uniform", 1.5, target=target)
+        x_t, wanted = process.rule.mix(x_zero, noise, a), process.get_target(x_zero, noise, a)
+        assert np.array_equal(wanted, x_zero) == (target == "x_zero")
+        found = jax.jit(process.get_x_zero)(x_t, wanted, a)
+        np.testing.assert_allclose(found, x_zero, atol=1e-6)
+
+
 @pytest.mark.parametrize("law", ["half_normal", "uniform"])
 def test_noise_levels_lie_between_zero_and_the_sine_of_the_largest_angle(law):
     levels = ForwardProcess(noise_law=law).sample_noise_levels(jax.random.key(2), 200_000)
@@ -150,6 +194,9 @@ def test_add_noise_requires_four_axes():
         (lambda: ForwardProcess(noise_law="normal"), "noise_law must be one of .*got 'normal'"),
         (lambda: ForwardProcess(max_angle=0.0), r"max_angle must lie in \(0, pi/2\], got 0.0"),
         (lambda: get_process("convex", "uniform", 1.6), "max_angle must lie in .*got 1.6"),
+        (lambda: ForwardProcess(p_std=0.0), "p_std must be positive and finite, got 0.0"),
+        (lambda: ForwardProcess(p_mean=np.nan), "p_mean must be a finite number, got nan"),
+        (lambda: ForwardProcess(target="noise"), "target must be one of .*got 'noise'"),
     ],
 )
 def test_unknown_names_and_angles_are_refused(create, message):

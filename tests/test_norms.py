@@ -57,6 +57,18 @@ def test_the_group_norm_of_tokens_normalises_each_alone():
     np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 4, 6), (2, 3, 6)])
+def test_the_rms_norm_divides_each_position_by_its_root_mean_square(shape):
+    x = 3 + 2 * draw(*shape)
+    scale = np.linspace(0.5, 2, 6, dtype=np.float32)
+    norm = get_norm("rms", train=True, dtype=jnp.float32, per_token=len(shape) == 3)
+    expected = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True) + 1e-5)
+    y = jax.jit(norm().apply)({"params": {"scale": scale}}, x)
+    np.testing.assert_allclose(y, expected * np.broadcast_to(scale, shape), rtol=1e-5)
+    plain = get_norm("rms", train=True, dtype=jnp.float32, affine=False)()
+    np.testing.assert_allclose(plain.apply({}, x), expected, rtol=1e-5)
+
+
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="norm must be one of .*got 'layer'"):
         get_norm("layer", train=False, dtype=jnp.float32)

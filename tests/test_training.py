@@ -16,13 +16,13 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.corruption import drop_labels
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.training import (
     TrainState,
     check_losses,
     create_train_state,
-    drop_labels,
     get_eval_step,
     get_loss,
     get_optimizer,

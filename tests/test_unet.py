@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from ldm_jax.unet import get_network
+from ldm_jax.unet import CONDITIONINGS, get_network
 
 SMALL = {"latent_image_size": 8, "block_depth": 1, "emb_size": 12, "widths": (16, 32)}
 
@@ -61,14 +61,19 @@ get_case = cache(Case)
 get_token_case = partial(get_case, text_shape=(3, 12), heads=2, scaled=True, key_fraction=4)
 
 
-@pytest.fixture(params=["batch", "group"])
+CHOICES = [("batch", "token"), ("group", "token"), ("batch", "adaptive"), ("rms", "adaptive")]
+
+
+@pytest.fixture(params=CHOICES, ids=" ".join)
 def case(request):
-    return get_case(request.param)
+    norm, conditioning = request.param
+    return get_case(norm, conditioning=conditioning)
 
 
-@pytest.fixture(params=["batch", "group"])
+@pytest.fixture(params=CHOICES, ids=" ".join)
 def token_case(request):
-    return get_token_case(request.param)
+    norm, conditioning = request.param
+    return get_token_case(norm, conditioning=conditioning)
 
 
 def test_the_default_network_has_the_originals_weights_less_the_dead_ones():
@@ -109,7 +114,7 @@ def test_in_use_pictures_do_not_interact(case):
     np.testing.assert_allclose(case(x_t=x_t)[0], case()[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("norm, interact", [("batch", True), ("group", False)])
+@pytest.mark.parametrize("norm, interact", [("batch", True), ("group", False), ("rms", False)])
 def test_in_training_pictures_interact_through_batch_norm_alone(norm, interact):
     case = get_case(norm)
     x_t = draw(4, 8, 8, 4, seed=9)
@@ -145,8 +150,9 @@ def test_no_text_is_zeros_whatever_the_length_of_the_sequence(token_case):
         np.testing.assert_allclose(other, none, atol=1e-4)
 
 
-def test_with_tokens_all_weights_get_a_gradient():
-    case = get_token_case("group")
+@pytest.mark.parametrize("norm, conditioning", [("group", "token"), ("rms", "adaptive")])
+def test_with_tokens_all_weights_get_a_gradient(norm, conditioning):
+    case = get_token_case(norm, conditioning=conditioning)
 
     @jax.jit
     @jax.grad
@@ -163,13 +169,23 @@ def test_with_tokens_all_weights_get_a_gradient():
     }
 
 
-@pytest.mark.parametrize("norm, train", [("batch", True), ("group", False)])
-def test_bfloat16_is_close_to_float32(norm, train):
-    case, half = get_case(norm), get_case(norm, dtype="bfloat16")
+@pytest.mark.parametrize(
+    "norm, train, fields",
+    [("batch", True, {}), ("group", False, {}), ("rms", True, {"conditioning": "adaptive"})],
+)
+def test_bfloat16_is_close_to_float32(norm, train, fields):
+    case, half = get_case(norm, **fields), get_case(norm, **fields, dtype="bfloat16")
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(half.shapes))
     expected, x_zero = case(train=train), half(train=train)
     assert x_zero.dtype == np.float32
     assert 0 < np.linalg.norm(x_zero - expected) / np.linalg.norm(expected) < 0.03
+
+
+def test_adaptive_conditioning_adds_weights_and_changes_no_other():
+    token, adaptive = (get_case("rms", conditioning=name).params for name in CONDITIONINGS)
+    token, adaptive = (set(flatten_dict(params)) for params in (token, adaptive))
+    added = {path[-2] for path in adaptive - token}
+    assert token < adaptive and added == {"film", "embedding_0", "embedding_1"}
 
 
 def test_networks_of_equal_fields_are_equal():
@@ -185,6 +201,7 @@ def test_networks_of_equal_fields_are_equal():
         ({"latent_image_size": 0}, "latent_image_size must be divisible by 8 .*got 0"),
         ({"block_depth": 0}, "block_depth must be at least 1, got 0"),
         ({"norm": "layer"}, "norm must be one of .*got 'layer'"),
+        ({"conditioning": "film"}, "conditioning must be one of .*got 'film'"),
         ({"widths": (16,)}, r"widths must name a resolution and the bottleneck, got \(16,\)"),
         ({"widths": (16, 0, 16, 16)}, "widths must name"),
         ({"widths": (16, 24, 32, 40), "norm": "group"}, "divisible by 16, got"),
@@ -219,9 +236,13 @@ def test_inputs_of_another_shape_or_dtype_are_refused(inputs, message):
         case.network.apply(case.variables, *(case.inputs | inputs).values())
 
 
-@pytest.mark.parametrize("norm, text_shape", [("batch", (12,)), ("group", (3, 12))])
-def test_remat_changes_neither_names_nor_values(norm, text_shape):
-    fields = SMALL | {"norm": norm, "heads": 2, "dropout": 0.2, "text_features": 32}
+@pytest.mark.parametrize(
+    "norm, conditioning, text_shape",
+    [("batch", "token", (12,)), ("group", "token", (3, 12)), ("rms", "adaptive", (3, 12))],
+)
+def test_remat_changes_neither_names_nor_values(norm, conditioning, text_shape):
+    fields = {"norm": norm, "conditioning": conditioning, "heads": 2, "dropout": 0.2}
+    fields |= SMALL | {"text_features": 32}
     case = get_case("batch")
     inputs = *list(case.inputs.values())[:2], draw(4, *text_shape, seed=1)
 
