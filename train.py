@@ -24,7 +24,6 @@ from ldm_jax import (
     feed,
     forecast,
     hosts,
-    models,
     power_ema,
     sampler,
     sharding,
@@ -37,6 +36,7 @@ from ldm_jax.encoders import load_vae
 from ldm_jax.examiner import get_examiner
 from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
+from ldm_jax.meta import create_meta
 from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_grid
 from ldm_jax.preemption import watch_preemption
@@ -93,7 +93,7 @@ def _train(config, workdir, profile, preempted):
     )
     eval_step = training.get_eval_step(network, scale, process, mesh=mesh)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-    meta = models.create_meta(
+    meta = create_meta(
         network=settings["network"],
         noising=settings["noising"],
         sampling=settings["sampling"],

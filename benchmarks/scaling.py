@@ -105,8 +105,9 @@ def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> Non
 
 def restore(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
     """A row for each number of devices that the state of all comes back on."""
-    from ldm_jax import checkpoint, models
+    from ldm_jax import checkpoint
     from ldm_jax.latents import LatentScale
+    from ldm_jax.meta import create_meta
 
     fields = rows.TINY | {"widths": (64, 128)}  # Small, whatever the rest measures.
 
@@ -115,7 +116,7 @@ def restore(table: timing.Table, options: argparse.Namespace, fields: dict) -> N
 
     trainer = create_trainer(max(options.counts))
     state = trainer.create_state()
-    meta = models.create_meta(
+    meta = create_meta(
         network=fields,
         noising={},
         sampling={},

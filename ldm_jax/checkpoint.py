@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ldm_jax import hosts, records
-from ldm_jax.models import check_meta
+from ldm_jax.meta import check_meta
 from ldm_jax.records import RECORD_ITEM, STATE_ITEM, DamagedError
 from ldm_jax.training import TrainState
 
@@ -116,7 +116,7 @@ def save_checkpoint(
     Args:
         manager: see `open_checkpoints`.
         state: on any mesh; every process calls with its part.
-        meta: see `models.create_meta`.
+        meta: see `meta.create_meta`.
         held_out_loss: of the averaged weights, by which the best checkpoint is known.
 
     Raises:

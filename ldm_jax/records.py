@@ -33,7 +33,7 @@ def create_record(meta: dict, state: Any, held_out_loss: float | None) -> dict:
     """What is saved beside a state.
 
     Args:
-        meta: see `models.create_meta`.
+        meta: see `meta.create_meta`.
         state: a TrainState; digested, for which the host waits.
         held_out_loss: of the averaged weights; one that is not finite counts as unknown.
 

@@ -33,7 +33,7 @@ def save_snapshot(
         workdir: of the run.
         step: how many steps the averages are over.
         power_emas: of a ProfiledState, whole on this host.
-        meta: see `models.create_meta`.
+        meta: see `meta.create_meta`.
 
     Raises:
         ValueError: if a weight is beyond the range of float16.

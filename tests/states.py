@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax import checkpoint, models, training
+from ldm_jax import checkpoint, meta, training
 from ldm_jax.latents import LatentScale
 from ldm_jax.unet import get_network
 
@@ -24,7 +24,7 @@ def create_meta(**changes):
         "latent_shape": (8, 8, 4),
         "embedding_shape": (6,),
     }
-    return models.create_meta(**{**fields, **changes})
+    return meta.create_meta(**{**fields, **changes})
 
 
 def create_state(step=7):

@@ -13,6 +13,7 @@ from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, s
 
 from ldm_jax import checkpoint, models
 from ldm_jax.latents import LatentScale
+from ldm_jax.meta import check_meta
 from ldm_jax.noising import get_process
 from ldm_jax.records import DamagedError
 from ldm_jax.sampler import Denoiser
@@ -33,38 +34,38 @@ def run_folder(state, tmp_path_factory):
 def test_another_vae_or_scale_is_refused():
     saved, where = create_meta(), "there"
     with pytest.raises(ValueError, match="vae.sha256 is ab there, ef here"):
-        models.check_meta(saved, create_meta(vae={"name": "some/vae", "sha256": "ef"}), where)
+        check_meta(saved, create_meta(vae={"name": "some/vae", "sha256": "ef"}), where)
     with pytest.raises(ValueError, match=r"std_latent is \[2.0, 3.0, 4.0, 5.0\] there, 1.0 here"):
-        models.check_meta(saved, create_meta(scale=LatentScale(1.0)), where)
+        check_meta(saved, create_meta(scale=LatentScale(1.0)), where)
 
 
 def test_how_a_network_is_computed_makes_no_other_model():
     saved, fields = create_meta(), FIELDS | {"remat": True, "dtype": "bfloat16"}
-    models.check_meta(saved, create_meta(network=fields), "there")
-    models.check_meta(create_meta(network=fields), saved, "there")
+    check_meta(saved, create_meta(network=fields), "there")
+    check_meta(create_meta(network=fields), saved, "there")
     with pytest.raises(ValueError, match="network.norm is batch there, group here"):
-        models.check_meta(saved, create_meta(network=fields | {"norm": "group"}), "there")
+        check_meta(saved, create_meta(network=fields | {"norm": "group"}), "there")
 
 
 def test_a_field_that_an_older_release_did_not_save_has_its_default():
     newer = create_meta(network=FIELDS | {"conditioning": "token"})
-    models.check_meta(create_meta(), newer, "there")
-    models.check_meta(newer, create_meta(), "there")
+    check_meta(create_meta(), newer, "there")
+    check_meta(newer, create_meta(), "there")
     newer = create_meta(noising=NOISING | {"p_mean": 0.0, "target": "x_zero"})
-    models.check_meta(create_meta(), newer, "there")
+    check_meta(create_meta(), newer, "there")
     newer = create_meta(network=FIELDS | {"conditioning": "adaptive"})
     with pytest.raises(ValueError, match="network.conditioning is token there, adaptive here"):
-        models.check_meta(create_meta(), newer, "there")
+        check_meta(create_meta(), newer, "there")
 
 
 def test_what_a_network_puts_out_makes_another_model_and_how_it_is_trained_does_not():
     velocity = create_meta(noising=NOISING | {"target": "velocity"})
     with pytest.raises(ValueError, match="noising.target is x_zero there, velocity here"):
-        models.check_meta(create_meta(), velocity, "there")
+        check_meta(create_meta(), velocity, "there")
     convex = create_meta(noising=NOISING | {"target": "velocity", "mixture": "convex"})
     with pytest.raises(ValueError, match="noising.mixture is variance_preserving there, convex he"):
-        models.check_meta(velocity, convex, "there")
-    models.check_meta(create_meta(), create_meta(noising=NOISING | {"mixture": "convex"}), "there")
+        check_meta(velocity, convex, "there")
+    check_meta(create_meta(), create_meta(noising=NOISING | {"mixture": "convex"}), "there")
 
 
 def test_a_model_knows_what_its_network_puts_out(tmp_path, state):
@@ -80,7 +81,7 @@ def test_a_model_knows_what_its_network_puts_out(tmp_path, state):
 
 def test_a_run_of_a_newer_format_is_refused():
     with pytest.raises(ValueError, match="there has format version 99, this release reads up to 2"):
-        models.check_meta(create_meta() | {"format_version": 99}, create_meta(), "there")
+        check_meta(create_meta() | {"format_version": 99}, create_meta(), "there")
 
 
 def test_a_model_is_loaded_from_a_run_with_its_averaged_weights(run_folder, state):

@@ -14,6 +14,7 @@ from ldm_jax import models, quality, report
 from ldm_jax.data import open_cache
 from ldm_jax.features import Extractor, Reference, get_thumbnails
 from ldm_jax.latents import LatentScale
+from ldm_jax.meta import create_meta
 from ldm_jax.metrics import Estimate
 from ldm_jax.pictures import Picture
 from ldm_jax.sampler import Denoiser, get_diffuser
@@ -161,7 +162,7 @@ def export_tiny(folder, text_encoder):
     shapes = (1, 8, 8, 4), (1,), (1, width)
     variables = network.init(jax.random.key(0), *(np.zeros(s, np.float32) for s in shapes))
     scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
-    meta = models.create_meta(
+    meta = create_meta(
         network=fields,
         noising=meta["noising"],
         sampling=meta["sampling"] | {"diffusion_steps": 3},
