@@ -10,12 +10,14 @@ each figure means.
 
 import json
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from configs import emoji
@@ -25,8 +27,33 @@ from ldm_jax.alignment import load_clip_score
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
+from ldm_jax.latents import LatentScale
 from ldm_jax.pictures import read_folder
 from ldm_jax.text import load_text_encoder
+
+
+class Examinee(NamedTuple):
+    """A model with all that its pictures are drawn and measured with; `load_examinee` makes it.
+
+    Attributes:
+        denoiser: of the model; on a CPU in float32.
+        scale: of its latents.
+        latent_shape: (h, w, c).
+        vae: from `load_vae`.
+        text_encoder: from `load_text_encoder`.
+        exam: captions and real pictures.
+        labels: of each group, its captions' text embeddings.
+        told: what a report says of the exam, see `quality.json`.
+    """
+
+    denoiser: Callable
+    scale: LatentScale
+    latent_shape: tuple[int, ...]
+    vae: Any
+    text_encoder: Callable
+    exam: quality.Exam
+    labels: Mapping[str, np.ndarray]
+    told: dict
 
 
 def evaluate(
@@ -63,7 +90,70 @@ def evaluate(
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     overrides = {"diffusion_steps": steps, "class_guidance": guidance}
     settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
-    diffuser = sampler.get_diffuser(quality.in_float32_on_cpu(model.denoiser), **settings)
+    sampler.get_diffuser(model.denoiser, **settings)  # Raises before the long part.
+    examinee = load_examinee(
+        model,
+        checkpoint_folder,
+        pictures,
+        captions_per_group,
+        seed,
+        features=features,
+        clip=clip,
+        progress=progress,
+    )
+
+    # Drawing.
+    began, drawn = time.perf_counter(), {}
+    for split in examinee.exam.chosen:
+        drawn[split] = draw_group(examinee, split, settings, batch_size, progress)
+    seconds = time.perf_counter() - began
+
+    # Measuring.
+    figures = quality.measure(examinee.exam, drawn)
+    if ends:
+        ends_of_scale = quality.measure_ends(examinee.exam, examinee.vae, examinee.text_encoder)
+        for split, sources in ends_of_scale.items():
+            figures[split] |= sources
+    told = {
+        "checkpoint": str(checkpoint_folder or "bundled"),
+        "step": checkpoint_step,
+        **({} if ema is None else {"ema": model.meta["ema"]}),
+        **examinee.told,
+        "sampling": settings,
+        "near_copy": quality.NEAR,
+        "seconds_of_drawing": round(seconds, 1),
+    }
+    out = Path(out).expanduser()
+    report.save_report(out / "quality.json", figures, told)
+    report.save_sheet(out / "sheet.png", examinee.exam, drawn, told)
+    return figures
+
+
+def load_examinee(
+    model: models.Model,
+    checkpoint_folder: str | Path | None,
+    pictures: str | Path | None,
+    captions_per_group: int,
+    seed: int,
+    *,
+    features: str = "efflite0",
+    clip: str = "",
+    progress: bool = True,
+) -> Examinee:
+    """Loads once what any number of sampler settings are measured with.
+
+    Args:
+        model: whose pictures are to be drawn.
+        checkpoint_folder: where it was, see `find_pictures`.
+        pictures: folder of the real pictures; None: those that `find_pictures` finds.
+        captions_per_group: see `quality.choose_captions`, as is `seed`.
+        features: of `load_extractor`.
+        clip: folder of a CLIP, or empty.
+
+    Raises:
+        ValueError: for encoders that are not those of the training, or too few pictures.
+        OSError: if a picture or the weights of the features are missing.
+    """
     clip_score = load_clip_score(clip) if clip else None
     extractor = load_extractor(features)
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
@@ -72,49 +162,43 @@ def evaluate(
     vae = models.load_encoder(load_vae, model.meta["vae"])
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
     shape = tuple(model.meta["latent_shape"])
+    size = shape[0] * vae.downsampling
     exam = quality.create_exam(
-        listed,
-        extractor,
-        shape[0] * vae.downsampling,
-        captions_per_group,
-        seed,
-        clip_score,
-        progress,
+        listed, extractor, size, captions_per_group, seed, clip_score, progress
     )
-
-    # Drawing.
-    began, drawn = time.perf_counter(), {}
-    for split in exam.chosen:
-        labels = text_encoder(exam.captions(split))
-        latents = quality.draw_latents(
-            diffuser, labels, exam.seeds[split], shape, batch_size, progress
-        )
-        latents = np.asarray(model.scale.restore(jnp.asarray(latents)))
-        drawn[split] = vae.decode(latents, as_bytes=True)
-    seconds = time.perf_counter() - began
-
-    # Measuring.
-    figures = quality.measure(exam, drawn)
-    if ends:
-        for split, sources in quality.measure_ends(exam, vae, text_encoder).items():
-            figures[split] |= sources
     told = {
-        "checkpoint": str(checkpoint_folder or "bundled"),
-        "step": checkpoint_step,
-        **({} if ema is None else {"ema": model.meta["ema"]}),
         "features": extractor.title,
         "features_sha256": extractor.identity["sha256"],
         "pictures": len(exam.pictures),
         "captions_per_group": captions_per_group,
         "seed": seed,
-        "sampling": settings,
-        "near_copy": quality.NEAR,
-        "seconds_of_drawing": round(seconds, 1),
     }
-    out = Path(out).expanduser()
-    report.save_report(out / "quality.json", figures, told)
-    report.save_sheet(out / "sheet.png", exam, drawn, told)
-    return figures
+    denoiser = quality.in_float32_on_cpu(model.denoiser)
+    labels = {split: text_encoder(exam.captions(split)) for split in exam.chosen}
+    return Examinee(denoiser, model.scale, shape, vae, text_encoder, exam, labels, told)
+
+
+def draw_group(
+    examinee: Examinee, split: str, settings: Mapping, batch_size: int = 16, progress: bool = True
+) -> UInt8[np.ndarray, "n H W 3"]:
+    """A picture for each caption of a group, always from the same noise.
+
+    Args:
+        examinee: the model and the captions.
+        split: the group.
+        settings: of `sampler.get_diffuser`.
+    """
+    diffuser = sampler.get_diffuser(examinee.denoiser, **settings)
+    latents = quality.draw_latents(
+        diffuser,
+        examinee.labels[split],
+        examinee.exam.seeds[split],
+        examinee.latent_shape,
+        batch_size,
+        progress,
+    )
+    latents = np.asarray(examinee.scale.restore(jnp.asarray(latents)))
+    return examinee.vae.decode(latents, as_bytes=True)
 
 
 def find_pictures(checkpoint_folder: str | Path | None, progress: bool = True) -> Path:

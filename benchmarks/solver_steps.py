@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from ldm_jax import models, sampler
+from ldm_jax import models, sampler, solvers
 from ldm_jax.quality import in_float32_on_cpu
 from ldm_jax.text import load_text_encoder
 
@@ -48,8 +48,7 @@ def main(argv):
         for schedule in SCHEDULES:
             errors = []
             for number in evaluations:
-                # Heun looks twice at each level but the last; the last level is not looked at.
-                levels = (number + 1) // 2 + 1 if method == "heun" else number + 1
+                levels = solvers.count_levels(method, number)
                 drawn = draw(method, schedule, levels)
                 errors.append(float(np.sqrt(np.mean(np.square(drawn - reference)))))
             cells = " | ".join(f"{error:.3f}" for error in errors)

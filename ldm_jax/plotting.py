@@ -80,6 +80,52 @@ def plot_images(
     return figure
 
 
+def plot_curves(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float, float, float]]]],
+    x_title: str,
+    columns: int = 2,
+    log: bool = False,
+) -> Any:
+    """Draws curves with a bar at each point for its interval; returns matplotlib's figure.
+
+    Args:
+        panels: title of the ordinate => title of a curve => points (x, value, low, high).
+        x_title: of the abscissa.
+        columns: panels in a row.
+        log: whether the abscissa is logarithmic.
+    """
+    plt = _get_pyplot()
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(
+        rows, columns, squeeze=False, figsize=(5.5 * columns, 4 * rows), layout="constrained"
+    )
+    for ax, (title, curves) in zip(axes.flat, panels.items()):
+        places = sorted({point[0] for points in curves.values() for point in points})
+        width = 0.01 * (places[-1] - places[0])
+        for i, (name, points) in enumerate(curves.items()):
+            x, value, low, high = (np.array(column) for column in zip(*sorted(points)))
+            # Side by side, so that bars of one abscissa do not hide each other.
+            aside = i - (len(curves) - 1) / 2
+            x = x * 1.02**aside if log else x + width * aside
+            style = dict(marker="o", markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2)
+            ax.errorbar(x, value, [value - low, high - value], label=name, **style)
+        if log:
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            # Of two ticks whose labels would touch, the greater.
+            places = [p for p, after in zip(places, [*places[1:], np.inf]) if after > 1.15 * p]
+        ax.set_xticks(places)
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.set(xlabel=x_title, ylabel=title)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
 def save_png(
     path: str | Path,
     image: Shaped[np.ndarray, "H W 3"],

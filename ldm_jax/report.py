@@ -68,13 +68,20 @@ def _write(figure: Any, form: str, intervals: bool) -> str:
     return f"{value} [{low}, {high}]" if intervals else value
 
 
+def to_json(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as JSON holds them, an interval as {"value", "low", "high"}."""
+    return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in figures.items()}
+
+
+def from_json(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_json` was given."""
+    return {k: Estimate(**v) if isinstance(v, dict) else v for k, v in figures.items()}
+
+
 def save_report(path: str | Path, report: Report, settings: Mapping[str, Any]) -> None:
-    """Writes settings and figures as JSON, an interval as {"value", "low", "high"}."""
+    """Writes settings and figures as JSON, see `to_json`."""
     groups = {
-        split: {
-            source: {k: v._asdict() if isinstance(v, Estimate) else v for k, v in figures.items()}
-            for source, figures in by_source.items()
-        }
+        split: {source: to_json(figures) for source, figures in by_source.items()}
         for split, by_source in report.items()
     }
     path = Path(path)

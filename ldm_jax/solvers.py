@@ -64,6 +64,24 @@ def check_method(method: str, eta: float) -> None:
         raise ValueError(f"eta belongs to the method 'ddim', got eta={eta} with {method!r}")
 
 
+def count_evaluations(method: str, levels: int) -> int:
+    """How often a walk over that many levels runs the network: t - 1, by Heun's method 2 t - 3."""
+    check_method(method, 0.0)
+    return 2 * levels - 3 if method == "heun" else levels - 1
+
+
+def count_levels(method: str, evaluations: int) -> int:
+    """The most levels for which the network runs at most that often; Heun's runs are odd.
+
+    Raises:
+        ValueError: for another method, or less than one run.
+    """
+    check_method(method, 0.0)
+    if evaluations < 1:
+        raise ValueError(f"evaluations must be at least 1, got {evaluations}")
+    return (evaluations + 3) // 2 if method == "heun" else evaluations + 1
+
+
 def ddim(
     estimate: Estimate, rule: SignalRule, x_t: Float[Array, "n h w c"], levels: Float[Array, " t"]
 ) -> Float[Array, "n h w c"]:

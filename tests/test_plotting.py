@@ -13,6 +13,7 @@ from ldm_jax.plotting import (
     CAPTION_LINES,
     GAP,
     imshow,
+    plot_curves,
     plot_images,
     read_png_metadata,
     save_grid,
@@ -244,6 +245,33 @@ def test_plot_images_lays_out_rows_and_captions():
     assert not axes[5].images
     figure.canvas.draw()
     assert [ax.get_title() for ax in plot_images(images[:2]).axes] == ["", ""]
+
+
+def test_curves_have_a_bar_for_each_interval_and_a_tick_for_each_abscissa():
+    curves = {"one": [(12, 2.0, 1.5, 3.0), (6, 4.0, 3.5, 5.0)], "two": [(5, 1.0, 0.0, 2.0)]}
+    figure = plot_curves({"left": curves, "right": {"one": curves["one"]}}, "runs", log=True)
+    left, right = figure.axes
+    assert (left.get_ylabel(), right.get_ylabel()) == ("left", "right")
+    assert left.get_xlabel() == "runs" and left.get_xscale() == "log"
+    assert list(left.get_xticks()) == [5, 6, 12] and list(right.get_xticks()) == [6, 12]
+    assert [c.get_label() for c in left.containers] == ["one", "two"]
+    line, _, (bars,) = right.containers[0]
+    np.testing.assert_array_equal(line.get_xydata(), [(6, 4), (12, 2)])
+    np.testing.assert_allclose(bars.get_segments(), [[(6, 3.5), (6, 5)], [(12, 1.5), (12, 3)]])
+    # Beside each other, and all of them in sight.
+    (six, _), (five,) = (c[0].get_xdata() for c in left.containers)
+    assert 5.9 < six < 6 and 5 < five < 5.1
+    (bottom, top), (first, last) = left.get_ylim(), right.get_xlim()
+    assert -1 < bottom < 0 and 5 < top < 6 and 5 < first < 6 and 12 < last < 14
+    plt.close(figure)
+
+
+def test_ticks_that_would_touch_are_left_out():
+    points = [(x, 1.0, 0.0, 2.0) for x in (11, 12, 24)]
+    for log, ticks in ((True, [12, 24]), (False, [11, 12, 24])):
+        figure = plot_curves({"one": {"a": points}}, "x", log=log)
+        assert list(figure.axes[0].get_xticks()) == ticks
+        plt.close(figure)
 
 
 def test_plots_without_matplotlib_say_what_to_install(monkeypatch):

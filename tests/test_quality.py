@@ -35,6 +35,19 @@ def list_pictures(folder=Path("pictures"), n=32):
     ]  # fmt: skip
 
 
+def write_pictures(folder):
+    """Noise of 64 pixels for each of `list_pictures`, with their captions."""
+    folder.mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for picture in list_pictures(folder):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(picture.path)
+        rows.append((picture.path.name, picture.captions[0], *picture[2:]))
+    with open(folder / "captions.csv", "w", newline="") as file:
+        header = ("file_name", "text", "split", "concept", "style")
+        csv.writer(file).writerows([header, *rows])
+    return folder
+
+
 def create_exam():
     """An exam on noise pictures, with their mean colours as features."""
     pictures = list_pictures()
@@ -129,6 +142,8 @@ def test_the_table_has_a_line_for_each_source_and_a_dash_for_what_is_not_known()
     assert cells[2] == ["Held-out concepts", "drawn", "6", "1.2 [0.0, 2.5]", "3.0"]
     assert cells[3] == ["Held-out concepts", "real", "6", "0.0 [-1.0, 1.0]", "-"]
     assert report.flatten(figures) == {"quality/test/kid": 1.25, "quality/test/frechet": 3.0}
+    for by_source in figures["test"].values():
+        assert report.from_json(json.loads(json.dumps(report.to_json(by_source)))) == by_source
 
 
 def test_the_pictures_of_a_cache_are_those_it_was_made_of(tmp_path):
@@ -195,18 +210,9 @@ def test_a_picture_does_not_depend_on_the_batches_it_is_drawn_in():
 @pytest.mark.parametrize("text_encoder", ["use", "use-parts"])
 def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch, text_encoder):
     monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path / "home"))
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    rng, rows = np.random.default_rng(0), []
-    for picture in list_pictures(folder):
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(picture.path)
-        rows.append((picture.path.name, picture.captions[0], *picture[2:]))
-    with open(folder / "captions.csv", "w", newline="") as file:
-        header = ("file_name", "text", "split", "concept", "style")
-        csv.writer(file).writerows([header, *rows])
     options = dict(
         checkpoint_folder=export_tiny(tmp_path / "model", load_text_encoder(text_encoder)),
-        pictures=folder,
+        pictures=write_pictures(tmp_path / "pictures"),
         captions_per_group=6,
         batch_size=4,
         progress=False,

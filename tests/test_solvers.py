@@ -220,3 +220,17 @@ def test_missing_keys_are_asked_for():
     diffuser = get_diffuser(Partial(halve), method="euler_ancestral", diffusion_steps=4)
     with pytest.raises(ValueError, match="draws noise and needs keys"):
         diffuser.reverse_diffusion(sample_seeds([1], SHAPE), jnp.ones((1, 12)))
+
+
+def test_levels_are_the_most_that_a_number_of_evaluations_allows():
+    for method in solvers.METHODS:
+        for evaluations in range(1, 20):
+            levels = solvers.count_levels(method, evaluations)
+            assert levels >= 2 and solvers.count_evaluations(method, levels) <= evaluations
+            assert solvers.count_evaluations(method, levels + 1) > evaluations
+    assert solvers.count_evaluations("ddim", 70) == 69
+    assert solvers.count_evaluations("heun", 70) == 137
+    with pytest.raises(ValueError, match="evaluations must be at least 1, got 0"):
+        solvers.count_levels("ddim", 0)
+    with pytest.raises(ValueError, match="method must be one of"):
+        solvers.count_evaluations("euler", 70)
