@@ -118,7 +118,7 @@ def restore(table: timing.Table, options: argparse.Namespace, fields: dict) -> N
     state = trainer.create_state()
     meta = create_meta(
         network=fields,
-        noising={},
+        noising={"mixture": "variance_preserving", "noise_law": "uniform", "max_angle": 1.0},
         sampling={},
         scale=LatentScale(2.5),
         vae={"name": "none", "sha256": None},
