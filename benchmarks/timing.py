@@ -214,11 +214,20 @@ def draw_weights(shapes: Any) -> Any:
         drawn = np.ones(leaf.shape, leaf.dtype)
         if leaf.ndim > 1:
             drawn = rng.standard_normal(leaf.shape, leaf.dtype) / math.prod(leaf.shape[:-1]) ** 0.5
-        if leaf.sharding is None:
-            return jax.device_put(drawn)
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda part: drawn[part])
+        return _place(drawn, leaf.sharding)
 
     return jax.tree.map(draw, shapes)
+
+
+def draw_zeros(shapes: Any) -> Any:
+    """Zeros of those shapes and shardings, as an optimizer's moments start."""
+    return jax.tree.map(lambda x: _place(np.zeros(x.shape, x.dtype), x.sharding), shapes)
+
+
+def _place(array, sharding):
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def measure_torch(call: Callable[[], Any], items: int, repeats: int, calls: int) -> dict:

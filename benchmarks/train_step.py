@@ -57,8 +57,9 @@ class Trainer:
         self.state_shapes = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
 
     def create_state(self) -> training.TrainState:
-        """A state with weights as `timing.draw_weights` makes them, and moments of ones."""
-        return timing.draw_weights(self.state_shapes)
+        """A state with weights as `timing.draw_weights` makes them, and moments of zeros."""
+        drawn = timing.draw_weights(self.state_shapes)
+        return drawn.replace(opt_state=timing.draw_zeros(self.state_shapes.opt_state))
 
     def _get_batch_shapes(self, batch_size):
         names = "latents_mean", "text_embeddings"

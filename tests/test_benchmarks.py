@@ -3,11 +3,15 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import rows
 from benchmarks.processes import run_processes
+from benchmarks.train_step import Trainer
+from ldm_jax import sharding
 from ldm_jax.plotting import read_png_metadata
 
 
@@ -66,6 +70,13 @@ def test_end_to_end_draws_pictures_and_times_each_stage(tmp_path):
     assert (pixels[0] != pixels[1]).any()
     text = "picture 1 of round 2, a red apple on a table"
     assert read_png_metadata(pictures[1]) == {"prompt": text}
+
+
+def test_the_training_step_that_is_timed_has_a_loss():
+    trainer = Trainer(rows.TINY, sharding.get_mesh("data", jax.devices()[:1]))
+    call = trainer.get_call(trainer.get_step(), 2)
+    losses = [float(call()["loss"]) for _ in range(3)]
+    assert np.isfinite(losses).all()
 
 
 def run_rows(name, folder, *arguments):
