@@ -135,7 +135,7 @@ def format_table(out: Path) -> str:
 
 def get_folder(out: Path, k: int) -> Path:
     """Where row k lies."""
-    return out / f"{k:02d}-{ROWS[k].name.replace(' ', '-').replace(',', '')}"
+    return out / f"{k:02d}-{ROWS[k].name.replace(' ', '-')}"
 
 
 def main(argv):

@@ -184,8 +184,8 @@ def get_train_step(
 
     `rng` is the run's key, the same at each step; the step folds its own number in. The state is
     donated. Metrics, "loss", which is what is minimised, and "grad_norm", stay on the device. The
-    average's decay warms up as
-    min(ema_decay, (1 + step) / (10 + step)), so that it forgets the initial weights.
+    average's decay warms up as min(ema_decay, (1 + step) / (10 + step)), so that it forgets the
+    initial weights.
 
     Args:
         network: called with (x_t, noise_levels, text_embeddings).
