@@ -2,11 +2,13 @@
 
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 FLAG = "xla_gpu_enable_command_buffer"
 # XLA's own choice leaves convolutions out, and each of them ends a graph.
@@ -16,8 +18,8 @@ RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOL
 def get_options(device: Any) -> dict[str, str] | None:
     """Options of jax.jit by which XLA records convolutions into its CUDA graphs as well.
 
-    A training step is some 2 600 kernels of a few microseconds; started one by one, they come
-    slower than the GPU works them off. None where programs are not for this
+    A training step is some 2 600 kernels of a few microseconds, a step of sampling 257; started one
+    by one, they come slower than the GPU works them off. None where programs are not for this
     job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
 
     Args:
@@ -28,6 +30,38 @@ def get_options(device: Any) -> dict[str, str] | None:
     if device not in jax.devices() or not _can_record_convolutions():
         return None
     return {FLAG: RECORDED}
+
+
+def recorded_jit(function: Callable) -> Any:
+    """jax.jit of a function, with the options of `get_options` for where its arguments lie.
+
+    They are asked for at a call, since an import must not look for devices; equal options share one
+    jit. JAX takes no options inside another jit: there, and wherever arguments are tracers, it is a
+    plain one. `lower` chooses as a call does.
+    """
+
+    @cache
+    def get_jit(*options):
+        return jax.jit(function, compiler_options=dict(options))
+
+    def choose_jit(args, kwargs):
+        here = jax.lax.iota("int32", 1)  # On the default device; inside another jit, a tracer.
+        leaves = jax.tree.leaves((here, args, kwargs))
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return get_jit()
+        placed = next((leaf for leaf in leaves if getattr(leaf, "committed", False)), here)
+        options = get_options(next(iter(placed.devices())))
+        return get_jit(*(options or {}).items())
+
+    def call(*args, **kwargs):
+        return choose_jit(args, kwargs)(*args, **kwargs)
+
+    def lower(*args, **kwargs):
+        return choose_jit(args, kwargs).lower(*args, **kwargs)
+
+    jitted: Any = wraps(function)(call)
+    jitted.lower = lower
+    return jitted
 
 
 @cache
@@ -52,6 +86,6 @@ def _can_record_convolutions() -> bool:
             jax.block_until_ready(jax.jit(gradients, compiler_options=options)(*inputs))
     except Exception as error:  # XLA has no class of its own for it.
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"training goes on without convolutions in CUDA graphs: {reason}")
+        warnings.warn(f"going on without convolutions in CUDA graphs: {reason}")
         return False
     return True

@@ -1,14 +1,18 @@
 """Options for CUDA graphs. Here there is no GPU: XLA's CPU compiler checks that it knows them."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
-from ldm_jax import graphs
+from ldm_jax import graphs, sharding
 
 
 @pytest.fixture
 def on_gpu(monkeypatch):
     """JAX says that it runs on a GPU, and nothing has been tried on it yet."""
+    jax.devices()  # They start with the flags of conftest.py, which go next.
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     graphs._can_record_convolutions.cache_clear()
@@ -40,3 +44,81 @@ def test_where_recording_fails_training_goes_on_without(on_gpu, monkeypatch):
     monkeypatch.setattr(graphs, "RECORDED", "FUSION,WISHES")
     with pytest.warns(UserWarning, match="without convolutions in CUDA graphs: .*WISHES"):
         assert graphs.get_options(jax.devices()[0]) is None
+
+
+# A function's jit.
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The devices that options were asked for; a CPU's compiler knows those of the answers."""
+    devices = []
+
+    def get_options(device):
+        devices.append(device)
+        return {graphs.FLAG: graphs.RECORDED}
+
+    monkeypatch.setattr(graphs, "get_options", get_options)
+    return devices
+
+
+def test_the_compiler_gets_the_options_of_a_call_and_of_lower(monkeypatch):
+    double = graphs.recorded_jit(lambda x: 2 * x)
+    assert double(3) == 6 and double.lower(3).compile()(4) == 8
+    monkeypatch.setattr(graphs, "get_options", lambda device: {"xla_wish": True})
+    for run in (double, lambda x: double.lower(x).compile()):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_wish"):
+            run(3)
+
+
+def test_options_are_for_the_device_that_will_run(asked):
+    add = graphs.recorded_jit(lambda x, tree: x + tree["y"])
+    devices = jax.devices()
+    on_fourth = jax.device_put(1.0, devices[3])
+    add(np.float32(1), {"y": jnp.float32(1)})
+    add(jnp.float32(1), tree={"y": on_fourth})
+    with jax.default_device(devices[2]):
+        add(1.0, {"y": 1.0})
+    assert asked == [devices[0], devices[3], devices[2]]
+
+
+def test_equal_options_never_trace_again(asked, monkeypatch):
+    traced = []
+
+    @graphs.recorded_jit
+    def double(x):
+        traced.append(x.shape)
+        return 2 * x
+
+    for x in (1.0, 2.0, 3.0):
+        assert double(np.full(2, x)).sum() == 4 * x
+    assert len(asked) == 3 and traced == [(2,)]
+    double(np.ones(3))
+    assert traced == [(2,), (3,)]
+
+
+def on_a_mesh(f, x):
+    split = PartitionSpec(sharding.AXES)
+    return jax.shard_map(f, mesh=sharding.get_mesh(), in_specs=split, out_specs=split)(x)
+
+
+TRANSFORMS = {
+    "jit": lambda f, x: jax.jit(f)(x),
+    "jit around constants": lambda f, x: jax.jit(lambda: f(x))(),  # No argument is a tracer.
+    "vmap": lambda f, x: jax.vmap(f)(x),
+    "jit of vmap": lambda f, x: jax.jit(jax.vmap(f))(x),
+    "grad": lambda f, x: jax.grad(lambda x: f(x).sum())(x) * x / 2,
+    "map": lambda f, x: jax.lax.map(f, x),
+    "shard_map": lambda f, x: on_a_mesh(f, x),
+    "jit of shard_map": lambda f, x: jax.jit(lambda x: on_a_mesh(f, x))(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_inside_another_transformation_there_are_no_options(asked, name):
+    square = graphs.recorded_jit(lambda x: x * x)
+    x = np.arange(8, dtype=np.float32)
+    np.testing.assert_allclose(TRANSFORMS[name](square, x), x * x)
+    assert not asked
+    np.testing.assert_allclose(square(x), x * x)
+    assert asked == [jax.devices()[0]]
