@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import folding, solvers
+from ldm_jax import folding, graphs, solvers
 from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.schedules import get_noise_levels
 
@@ -249,7 +249,7 @@ class Diffuser:
 
         return estimate
 
-    @jax.jit
+    @graphs.recorded_jit
     def reverse_diffusion(
         self,
         seeds: Float[Array, "n h w c"],

@@ -1,5 +1,6 @@
 """What the doors are told: keys of configs and flags, and what importing the package costs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,9 +25,14 @@ def test_every_key_of_a_config_is_declared_in_seed(file):
         file.get_config().steps_ = 1
 
 
-def run_door(*arguments):
+def run_door(*arguments, **variables):
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -49,3 +55,10 @@ def test_importing_the_package_loads_jax_alone():
     code = f"import sys, ldm_jax; print([m for m in sys.modules if m in {heavy}])"
     result = run_door("-c", code)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.slow
+def test_importing_the_package_looks_for_no_devices():
+    look = "import ldm_jax; print('imported', flush=True); ldm_jax.sample_seeds([0], (2, 2, 4))"
+    result = run_door("-c", look, JAX_PLATFORMS="none_such")
+    assert result.stdout.strip() == "imported" and "none_such" in result.stderr, result.stderr

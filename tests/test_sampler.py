@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from ldm_jax import graphs
 from ldm_jax.noising import SignalRule
 from ldm_jax.sampler import (
     Denoiser,
@@ -245,6 +246,47 @@ def test_the_whole_loop_traces_its_denoiser_once():
         diffuser = Diffuser(Partial(denoiser, jnp.float32(weights)), w, 5)
         diffuser.reverse_diffusion(draw(2, *SHAPE), draw(2, 12))
     assert traced == [(4, *SHAPE)]
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """Compiler options of every device, to be changed."""
+    options = {graphs.FLAG: graphs.RECORDED}  # A CPU's compiler knows it as well.
+    monkeypatch.setattr(graphs, "get_options", lambda device: options)
+    return options
+
+
+def test_the_loop_is_compiled_with_the_options_for_graphs_once(small, options, caplog):
+    def draw_one(i, w):
+        seeds, labels = sample_seeds([i], SHAPE), draw(1, 12, seed=i)
+        return small.diffuser(i, class_guidance=w, diffusion_steps=6).reverse_diffusion(
+            seeds, labels
+        )
+
+    with jax.log_compiles():
+        for i, w in enumerate([4.0, 1.5, 0.0]):
+            draw_one(i, w)
+    compiled = [m for m in caplog.messages if "XLA compilation of jit(reverse_diffusion)" in m]
+    assert len(compiled) == 1
+    options["xla_wish"] = True
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_wish"):
+        draw_one(0, 4.0)
+    lowered = Diffuser.reverse_diffusion.lower(small.diffuser(), draw(1, *SHAPE), draw(1, 12))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_wish"):
+        lowered.compile()
+
+
+def test_the_loop_inside_jit_is_the_loop_outside(small, options):
+    diffuser, seeds, labels = small.diffuser(), sample_seeds([0, 1], SHAPE), draw(2, 12)
+    expected = diffuser.reverse_diffusion(seeds, labels)
+    inside = [
+        jax.jit(Diffuser.reverse_diffusion)(diffuser, seeds, labels),
+        jax.jit(lambda: diffuser.reverse_diffusion(seeds, labels))(),
+        jax.vmap(diffuser.reverse_diffusion)(seeds[None], labels[None])[0],
+    ]
+    assert np.std(expected) > 0.1
+    for latents in inside:
+        np.testing.assert_allclose(latents, expected, atol=2e-5)
 
 
 def test_picture_i_of_64_is_the_picture_drawn_alone(small):
