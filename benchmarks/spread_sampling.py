@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks import timing
 from benchmarks.sampling import Sampler
-from ldm_jax import sharding
+from ldm_jax import graphs, sharding
 from ldm_jax.sampler import Diffuser, sample_seeds
 
 WAYS = "jit", "shard_map"
@@ -42,7 +42,7 @@ def get_loop(mesh: Mesh, way: str):
         out_specs=split,
         check_vma=False,  # The loop starts from zeros, which are alike on all devices.
     )
-    return jax.jit(loop)
+    return graphs.recorded_jit(loop)
 
 
 def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
