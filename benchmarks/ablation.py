@@ -1,7 +1,7 @@
 """From configs/seed.py to configs/emoji.py, one change at a time => what each is worth.
 
     python -m benchmarks.ablation --minutes=3 --out=runs/ablation
-    python -m benchmarks.ablation --minutes=3 --out=runs/ablation --rows="all noise levels"
+    python -m benchmarks.ablation --minutes=3 --out=runs/ablation --rows="log-normal noise levels"
 
 Each row trains with its change and those of all rows before it, on the emoji, for the same minutes
 of training on this machine: a probe of a few steps tells how many steps those are. Then it is
@@ -41,16 +41,24 @@ ROWS = (
             "network.dtype": "bfloat16",
         },
     ),
-    Row("all noise levels", {"noising.max_angle": 1.57}),
     Row(
-        "sampled as trained",
-        {"sampling.mixture": "variance_preserving", "sampling.schedule": "angle"},
+        "log-normal noise levels",
+        {"noising.noise_law": "log_normal", "noising.p_mean": -1.0, "noising.p_std": 1.4},
+    ),
+    Row("updated as trained", {"sampling.mixture": "variance_preserving"}),
+    Row(
+        "DPM-Solver++(2M)",
+        {
+            "sampling.method": "dpm_solver_pp_2m",
+            "sampling.schedule": "log_snr",
+            "sampling.diffusion_steps": 25,
+        },
     ),
     Row("guidance 3", {"sampling.class_guidance": 3.0}),
     Row("channels apart", {"latents.normalisation": "channel", "latents.deviations": 3.0}),
     Row(
-        "7.9 M weights",
-        {"network.block_depth": 2, "network.widths": (128, 192, 192), "batch_size": 512},
+        "fewer weights",
+        {"network.block_depth": 2, "network.widths": (128, 160, 160), "batch_size": 512},
     ),
     Row(
         "scaled heads",
@@ -68,6 +76,9 @@ ROWS = (
     ),
     Row("longer average", {"training.ema_decay": 0.9995}),
     Row("dropout", {"network.dropout": 0.1}),
+    Row("name and style apart", {"encoders.text": "use-parts", "network.emb_size": 1024}),
+    Row("adaptive conditioning", {"network.conditioning": "adaptive"}),
+    Row("velocity by squares", {"noising.target": "velocity", "training.loss": "mse"}),
 )
 
 

@@ -14,7 +14,6 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.training.ema_decay = 0.99
-    config.sampling.diffusion_steps = 30
     config.log_every = 50
     config.eval_every = 150
     config.sample_every = 450

@@ -11,6 +11,7 @@ import tensorstore
 from safetensors.numpy import load_file
 from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, save_run
 
+from configs import emoji
 from ldm_jax import checkpoint, models
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_meta
@@ -76,7 +77,6 @@ def test_a_model_knows_what_its_network_puts_out(tmp_path, state):
     assert model.denoiser.process == get_process(**noising)
     model = models.load_model(models.export_model(model, tmp_path / "model"))
     assert model.denoiser.process == get_process(**noising)
-    assert models.load_model().denoiser.process.target == "x_zero"  # The bundled one's meta is old.
 
 
 def test_a_run_of_a_newer_format_is_refused():
@@ -173,11 +173,24 @@ def test_a_flipped_bit_of_exported_weights_is_noticed(tmp_path, run_folder):
         models.load_model(folder)
 
 
-def test_the_bundled_model_of_format_version_1_is_read():
-    model = models.load_model()
-    assert model.meta["format_version"] == 1
+def test_the_bundled_model_is_the_recipe_of_emoji():
+    model, config = models.load_model(), emoji.get_config().to_dict()
     weights = sum(x.size for x in jax.tree.leaves(model.denoiser.variables))
-    assert round(weights / 1e6, 1) == 7.9  # As docs/emoji.md says.
+    assert round(weights / 1e6, 1) == 8.2  # As docs/emoji.md says.
+    said = json.loads(json.dumps(config))
+    assert {k: model.meta[k] for k in ("network", "noising", "sampling")} == {
+        k: said[k] for k in ("network", "noising", "sampling")
+    }
+    assert model.meta["text_encoder"]["name"] == config["encoders"]["text"]
+
+
+def test_a_model_of_format_version_1_is_read(tmp_path, run_folder):
+    model = models.load_model(run_folder)
+    folder = models.export_model(model, tmp_path)  # Its meta lacks what version 1 did not have.
+    edit_meta(folder, format_version=1)
+    old = models.load_model(folder)
+    assert old.meta["format_version"] == 1 and old.denoiser.process.target == "x_zero"
+    assert old.denoiser.network == model.denoiser.network
 
 
 def test_the_last_the_best_or_a_numbered_checkpoint_is_loaded(run_folder, state):
