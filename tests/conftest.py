@@ -1,6 +1,7 @@
 """Settings of every test: eight virtual devices, strict ranks, keys used once."""
 
 import os
+import tempfile
 
 from benchmarks.processes import FAST_COMPILATION
 
@@ -13,7 +14,14 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # The user's cache is not the tests'.
+# The user's cache is not the tests': what they compile is kept for the workers and the processes of
+# this run. Only a cache with a limit has a lock.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="ldm_jax_tests_", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**9)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 
