@@ -1,11 +1,14 @@
-"""What JAX compiles is kept and found again, in processes of their own: the tests keep nothing."""
+"""What JAX compiles is kept and found again, in processes with settings of their own."""
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
+
+from ldm_jax.cache import cache_home
 
 CODE = """
 import jax, jax.numpy as jnp
@@ -94,5 +97,7 @@ def test_several_processes_need_a_folder_that_they_share(tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_tests_themselves_keep_nothing():
-    assert not jax.config.values["jax_enable_compilation_cache"]
+def test_the_tests_themselves_leave_the_users_programs_alone():
+    folder = Path(jax.config.values["jax_compilation_cache_dir"])
+    assert folder.is_dir() and folder.name.startswith("ldm_jax_tests_")
+    assert not folder.is_relative_to(cache_home())

@@ -38,12 +38,12 @@ def draw_pictures(folder, n=50):
 
 
 def get_config(root, **changes):
-    """configs/tiny.py on that folder, at half its picture size."""
+    """configs/tiny.py on that folder, at half its picture size and with one level less."""
     config = tiny.get_config()
     config.update(
         {
             "data": {"source": "folder", "path": str(root / "pictures"), "image_size": 64},
-            "network": {"latent_image_size": 8},
+            "network": {"latent_image_size": 8, "widths": (16, 32)},
             "captions": ("a red ellipse", "a blue rectangle"),
         }
     )
@@ -62,13 +62,19 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def whole(root):
+    """What that run gives when its command is given again: it is complete, the newest state."""
+    return train.train(get_config(root), root / "run")
+
+
 def test_a_run_leaves_its_log_config_checkpoints_and_samples(root):
     run = root / "run"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
     assert all(0 < line["loss"] < 2 and line["images_per_second"] > 0 for line in lines)
     assert [line["step"] for line in lines if "held_out_loss" in line] == [10, 20]
-    assert json.loads((run / "config.json").read_text())["network"]["widths"] == [16, 32, 32]
+    assert json.loads((run / "config.json").read_text())["network"]["widths"] == [16, 32]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["10", "20"]
     assert [p.name for p in (run / "samples").iterdir()] == ["0000020.png"]
     assert list((run / "tensorboard").iterdir())
@@ -79,7 +85,7 @@ def test_the_loss_falls_below_that_of_predicting_zero(root):
     assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
 
 
-def test_resume_equals_an_uninterrupted_run(root):
+def test_resume_equals_an_uninterrupted_run(root, whole):
     # The schedule belongs to the whole run, so the first half is the same config, cut short.
     config = get_config(root)
     half = root / "half"
@@ -87,7 +93,6 @@ def test_resume_equals_an_uninterrupted_run(root):
         stop_at(15, config, half)
     assert checkpoint.open_checkpoints(half / "checkpoints").latest_step() == 10
     resumed = train.train(config, half)
-    whole = train.train(config, root / "run")  # Complete: returns the newest state.
     chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
 
 
@@ -105,7 +110,7 @@ def stop_at(step, config, workdir):
         train.train(config, workdir)
 
 
-def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, capsys):
+def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, whole, capsys):
     config = get_config(root)
     workdir = root / "preempted"
     with pytest.MonkeyPatch.context() as patch:
@@ -122,7 +127,6 @@ def test_a_run_that_gets_sigterm_saves_returns_and_goes_on(root, capsys):
     assert "SIGTERM: stopped after step 13, which is saved" in capsys.readouterr().out
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "13"]
     resumed = train.train(config, workdir)
-    whole = train.train(config, root / "run")
     chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
     lines = [json.loads(line) for line in (workdir / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 13, 15, 20]

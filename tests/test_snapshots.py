@@ -77,6 +77,8 @@ def test_the_cost_is_what_the_files_take(workdir, state):
 def test_steps_taken_again_are_dropped(workdir):
     snapshots.drop_later(workdir, 35)
     assert list(snapshots.list_snapshots(workdir)) == [10, 20, 30]
+    snapshots.drop_later(workdir, 30)
+    assert list(snapshots.list_snapshots(workdir)) == [10, 20, 30]
 
 
 def test_a_write_that_fails_leaves_no_snapshot(workdir, state, monkeypatch):
@@ -131,14 +133,25 @@ def test_without_snapshots_the_error_says_how_to_get_them(tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A cache of random latents, and a run of 20 steps with snapshots of every second one."""
+    """A cache of random latents."""
     root = tmp_path_factory.mktemp("snapshots")
     rng = np.random.default_rng(0)
     np.save(root / "latents.npy", rng.normal(size=(64, 8, 8, 4)).astype(np.float32))
     np.save(root / "text.npy", rng.normal(size=(64, 512)).astype(np.float32))
     encode.encode(get_tiny(root), progress=False)
-    train.train(get_tiny(root), root / "run")
     return root
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """The last state of a run of 20 steps with snapshots of every second one, in "run"."""
+    return train.train(get_tiny(root), root / "run")
+
+
+@pytest.fixture(scope="module")
+def run(root, alone):
+    """The folder of that run."""
+    return root / "run"
 
 
 def get_tiny(root, sigma_rels=LENGTHS):
@@ -151,7 +164,7 @@ def get_tiny(root, sigma_rels=LENGTHS):
     return config
 
 
-def test_a_run_resumed_after_sigterm_has_the_snapshots_of_one_left_alone(root, capsys):
+def test_a_run_resumed_after_sigterm_has_the_snapshots_of_one_left_alone(root, run, alone, capsys):
     class Preempted(train.RunLog):
         def add_step(self, metrics, waited):
             super().add_step(metrics, waited)
@@ -164,18 +177,17 @@ def test_a_run_resumed_after_sigterm_has_the_snapshots_of_one_left_alone(root, c
     told = capsys.readouterr().out
     assert "power-function averages of sigma_rel 0.05 and 0.1: 10 snapshots of" in told
     # As if the run had come further before it was killed: of steps that it takes again.
-    whole, found = (snapshots.list_snapshots(root / name) for name in ("run", "preempted"))
+    whole, found = (snapshots.list_snapshots(folder) for folder in (run, root / "preempted"))
     assert list(whole) == [*range(2, 21, 2)] and list(found) == [*range(2, 13, 2)]
     (root / "preempted" / "snapshots" / "00000015.safetensors").write_bytes(b"of another day")
     resumed = train.train(get_tiny(root), root / "preempted")
-    alone = train.train(get_tiny(root), root / "run")
     chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(alone))
     found = snapshots.list_snapshots(root / "preempted")
     assert {k: p.read_bytes() for k, p in found.items()} == {
         k: p.read_bytes() for k, p in whole.items()
     }
     # A length that was kept: the newest snapshot is that of the state.
-    model = models.load_model(root / "run", ema=0.05)
+    model = models.load_model(run, ema=0.05)
     chex.assert_trees_all_close(
         model.denoiser.variables["params"],
         jax.device_get(alone.power_emas["0.05"]["params"]),
@@ -184,12 +196,12 @@ def test_a_run_resumed_after_sigterm_has_the_snapshots_of_one_left_alone(root, c
     )
 
 
-def test_a_third_length_is_that_of_a_run_that_kept_it(root):
+def test_a_third_length_is_that_of_a_run_that_kept_it(root, run):
     """To a hundredth of what the two kept lengths differ by, or rounding to float16."""
     train.train(get_tiny(root, (0.08,)), root / "third")
     kept = snapshots.reconstruct(root / "third", 0.08)[1]
-    made = snapshots.reconstruct(root / "run", 0.08)[1]
-    near, far = (snapshots.reconstruct(root / "run", length)[1] for length in LENGTHS)
+    made = snapshots.reconstruct(run, 0.08)[1]
+    near, far = (snapshots.reconstruct(run, length)[1] for length in LENGTHS)
     for part in ("params", "batch_stats"):
         flat = [
             np.concatenate([x.ravel() for x in jax.tree.leaves(variables[part])])
@@ -201,8 +213,7 @@ def test_a_third_length_is_that_of_a_run_that_kept_it(root):
         assert np.linalg.norm(flat[1] - flat[0]) < bound
 
 
-def test_the_doors_draw_and_export_an_average_of_any_length(root, tmp_path):
-    run = root / "run"
+def test_the_doors_draw_and_export_an_average_of_any_length(run, tmp_path):
     paths = [
         sample.sample(["a"], tmp_path / str(ema), checkpoint_folder=run, ema=ema)[0]
         for ema in (None, 0.05, 0.08)
