@@ -3,9 +3,9 @@
     python encode.py --config=configs/emoji.py
     python train.py --config=configs/emoji.py --workdir=runs/emoji
 
-8.2 M weights, as many as float16 leaves room for in 16 MiB; 22 000 steps take six and a half minutes
-on one NVIDIA H100 (JAX 0.11.2, 30 600 img/s). docs/quality.md has the figures that each choice was
-made by, docs/emoji.md what the weights draw.
+8.2 M weights, as many as float16 leaves room for in 16 MiB; 22 000 steps take six and a half
+minutes on one NVIDIA H100 (JAX 0.11.2, 31 300 img/s). docs/quality.md has the figures by which it
+was chosen, docs/emoji.md what the weights draw.
 """
 
 from configs import seed
