@@ -42,7 +42,7 @@ def get_loop(mesh: Mesh, way: str):
         out_specs=split,
         check_vma=False,  # The loop starts from zeros, which are alike on all devices.
     )
-    return graphs.recorded_jit(loop)
+    return graphs.RecordedJit(loop)
 
 
 def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:

@@ -3,7 +3,8 @@
 import os
 import warnings
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, update_wrapper
+from types import MethodType
 from typing import Any
 
 import jax
@@ -32,36 +33,36 @@ def get_options(device: Any) -> dict[str, str] | None:
     return {FLAG: RECORDED}
 
 
-def recorded_jit(function: Callable) -> Any:
-    """jax.jit of a function, with the options of `get_options` for where its arguments lie.
+class RecordedJit:
+    """jax.jit of a function or method, with the options of `get_options` for where arguments lie.
 
     They are asked for at a call, since an import must not look for devices; equal options share one
     jit. JAX takes no options inside another jit: there, and wherever arguments are tracers, it is a
-    plain one. `lower` chooses as a call does.
+    plain one.
     """
 
-    @cache
-    def get_jit(*options):
-        return jax.jit(function, compiler_options=dict(options))
+    def __init__(self, function: Callable):
+        update_wrapper(self, function)
+        self._get_jit = cache(lambda *options: jax.jit(function, compiler_options=dict(options)))
 
-    def choose_jit(args, kwargs):
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._choose_jit(args, kwargs)(*args, **kwargs)
+
+    def lower(self, *args, **kwargs) -> Any:
+        """As a jit's: the program of a call, with its options, to be compiled."""
+        return self._choose_jit(args, kwargs).lower(*args, **kwargs)
+
+    def _choose_jit(self, args, kwargs):
         here = jax.lax.iota("int32", 1)  # On the default device; inside another jit, a tracer.
         leaves = jax.tree.leaves((here, args, kwargs))
         if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return get_jit()
+            return self._get_jit()
         placed = next((leaf for leaf in leaves if getattr(leaf, "committed", False)), here)
         options = get_options(next(iter(placed.devices())))
-        return get_jit(*(options or {}).items())
-
-    def call(*args, **kwargs):
-        return choose_jit(args, kwargs)(*args, **kwargs)
-
-    def lower(*args, **kwargs):
-        return choose_jit(args, kwargs).lower(*args, **kwargs)
-
-    jitted: Any = wraps(function)(call)
-    jitted.lower = lower
-    return jitted
+        return self._get_jit(*(options or {}).items())
 
 
 @cache

@@ -249,7 +249,7 @@ class Diffuser:
 
         return estimate
 
-    @graphs.recorded_jit
+    @graphs.RecordedJit
     def reverse_diffusion(
         self,
         seeds: Float[Array, "n h w c"],

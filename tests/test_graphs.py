@@ -1,5 +1,7 @@
 """Options for CUDA graphs. Here there is no GPU: XLA's CPU compiler checks that it knows them."""
 
+from functools import update_wrapper
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,7 +65,7 @@ def asked(monkeypatch):
 
 
 def test_the_compiler_gets_the_options_of_a_call_and_of_lower(monkeypatch):
-    double = graphs.recorded_jit(lambda x: 2 * x)
+    double = graphs.RecordedJit(lambda x: 2 * x)
     assert double(3) == 6 and double.lower(3).compile()(4) == 8
     monkeypatch.setattr(graphs, "get_options", lambda device: {"xla_wish": True})
     for run in (double, lambda x: double.lower(x).compile()):
@@ -72,7 +74,7 @@ def test_the_compiler_gets_the_options_of_a_call_and_of_lower(monkeypatch):
 
 
 def test_options_are_for_the_device_that_will_run(asked):
-    add = graphs.recorded_jit(lambda x, tree: x + tree["y"])
+    add = graphs.RecordedJit(lambda x, tree: x + tree["y"])
     devices = jax.devices()
     on_fourth = jax.device_put(1.0, devices[3])
     add(np.float32(1), {"y": jnp.float32(1)})
@@ -85,7 +87,7 @@ def test_options_are_for_the_device_that_will_run(asked):
 def test_equal_options_never_trace_again(asked, monkeypatch):
     traced = []
 
-    @graphs.recorded_jit
+    @graphs.RecordedJit
     def double(x):
         traced.append(x.shape)
         return 2 * x
@@ -116,9 +118,17 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_inside_another_transformation_there_are_no_options(asked, name):
-    square = graphs.recorded_jit(lambda x: x * x)
+    square = graphs.RecordedJit(lambda x: x * x)
     x = np.arange(8, dtype=np.float32)
     np.testing.assert_allclose(TRANSFORMS[name](square, x), x * x)
     assert not asked
     np.testing.assert_allclose(square(x), x * x)
     assert asked == [jax.devices()[0]]
+
+
+def test_what_wraps_a_recorded_jit_lowers_itself():
+    square = graphs.RecordedJit(lambda x: x * x)
+    x = np.full(8, 3, np.float32)
+    for wrap in (jax.jit, graphs.RecordedJit):
+        outer = wrap(update_wrapper(lambda x: square(x) + 1, square))  # As jax.vmap and others.
+        np.testing.assert_array_equal(outer.lower(x).compile()(x), np.full(8, 10))
