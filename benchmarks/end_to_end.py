@@ -3,8 +3,8 @@
     python -m benchmarks.end_to_end [--num=64] [--dtype=bfloat16] [--vae_dtype=float32]
     python -m benchmarks.end_to_end --tiny
 
-The text encoder is Universal Sentence Encoder, the denoiser the network of configs/seed.py (of
-configs/tiny.py with --tiny), the VAE has the architecture of Stable Diffusion's and goes through
+The text encoder is Universal Sentence Encoder, where CLIP would need to be downloaded, the denoiser
+the network of configs/seed.py (of configs/tiny.py with --tiny), the VAE has the architecture of Stable Diffusion's and goes through
 the bridge that sample.py uses. Denoiser and VAE have random weights: the pictures are noise, which
 is the hardest for PNG. Prints a markdown table of the medians of `repeats` calls after a first one,
 each with captions of its own.
@@ -24,6 +24,7 @@ from absl import app, flags
 from configs import seed, tiny
 from ldm_jax.encoders import VAE, load_vae
 from ldm_jax.latents import LatentScale
+from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_pngs
 from ldm_jax.sampler import Denoiser, Diffuser, get_diffuser, sample_seeds
 from ldm_jax.text import TextEncoder, load_text_encoder
@@ -53,8 +54,10 @@ def create_pipeline(config: Any, vae: VAE, dtype: str) -> Pipeline:
     # The last kernel starts as zeros, which would give a grey picture.
     kernel = variables["params"]["conv_out"]["kernel"]
     variables["params"]["conv_out"]["kernel"] = jax.random.normal(out_key, kernel.shape)
-    diffuser = get_diffuser(Denoiser(network, variables), **config.sampling.to_dict())
-    return Pipeline(load_text_encoder("use"), diffuser, vae, latent_shape)
+    denoiser = Denoiser(network, variables, get_process(**config.noising.to_dict()))
+    diffuser = get_diffuser(denoiser, **config.sampling.to_dict())
+    name = "use" if config.encoders.text == "clip" else config.encoders.text
+    return Pipeline(load_text_encoder(name), diffuser, vae, latent_shape)
 
 
 def create_vae(folder: Path, widths: tuple[int, ...], dtype: str) -> VAE:

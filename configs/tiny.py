@@ -8,6 +8,8 @@ def get_config():
     config.steps = 20
     config.batch_size = 16
     config.data.styles = ("twemoji",)
+    config.encoders.text = "use"
+    config.network.emb_size = 512
     config.network.block_depth = 1
     config.network.widths = (16, 32, 32)
     config.network.heads = 2
