@@ -4,10 +4,10 @@
     python -m benchmarks.end_to_end --tiny
 
 The text encoder is Universal Sentence Encoder, where CLIP would need to be downloaded, the denoiser
-the network of configs/seed.py (of configs/tiny.py with --tiny), the VAE has the architecture of Stable Diffusion's and goes through
-the bridge that sample.py uses. Denoiser and VAE have random weights: the pictures are noise, which
-is the hardest for PNG. Prints a markdown table of the medians of `repeats` calls after a first one,
-each with captions of its own.
+the network of configs/seed.py (of configs/tiny.py with --tiny), the VAE has the architecture of
+Stable Diffusion's and goes through the bridge that sample.py uses. Denoiser and VAE have random
+weights: the pictures are noise, which is the hardest for PNG. Prints a markdown table of the
+medians of `repeats` calls after a first one, each with captions of its own.
 """
 
 import statistics
