@@ -38,12 +38,14 @@ def draw_pictures(folder, n=50):
 
 
 def get_config(root, **changes):
-    """configs/tiny.py on that folder, at half its picture size and with one level less."""
+    """configs/tiny.py on that folder, at half its size, with one level less and x_0 as target."""
     config = tiny.get_config()
     config.update(
         {
             "data": {"source": "folder", "path": str(root / "pictures"), "image_size": 64},
             "network": {"latent_image_size": 8, "widths": (16, 32)},
+            "noising": {"target": "x_zero"},
+            "training": {"loss": "mae"},
             "captions": ("a red ellipse", "a blue rectangle"),
         }
     )
@@ -227,7 +229,7 @@ def test_ways_to_walk_and_to_guide_change_the_picture_and_are_written_into_it(ro
     for name, kind in kinds.items():
         path = sample.sample(["a red ellipse"], tmp_path / name, **options, **kind)[0]
         pictures[name], metadata = np.asarray(Image.open(path)), read_png_metadata(path)
-        assert metadata["method"] == kind.get("method", "ddim")
+        assert metadata["method"] == kind.get("method", "dpm_solver_pp_2m")
         assert metadata.get("negative_prompt") == kind.get("negative_prompt")
         assert ("guide" in metadata) == (name == "guide")
     assert all(np.any(pictures[name] != pictures["plain"]) for name in list(kinds)[1:])
