@@ -56,8 +56,7 @@ def create_pipeline(config: Any, vae: VAE, dtype: str) -> Pipeline:
     variables["params"]["conv_out"]["kernel"] = jax.random.normal(out_key, kernel.shape)
     denoiser = Denoiser(network, variables, get_process(**config.noising.to_dict()))
     diffuser = get_diffuser(denoiser, **config.sampling.to_dict())
-    name = "use" if config.encoders.text == "clip" else config.encoders.text
-    return Pipeline(load_text_encoder(name), diffuser, vae, latent_shape)
+    return Pipeline(load_text_encoder("use"), diffuser, vae, latent_shape)
 
 
 def create_vae(folder: Path, widths: tuple[int, ...], dtype: str) -> VAE:
