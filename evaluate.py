@@ -29,7 +29,7 @@ from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
 from ldm_jax.latents import LatentScale
 from ldm_jax.pictures import read_folder
-from ldm_jax.text import load_text_encoder
+from ldm_jax.text import check_parts, load_text_encoder
 
 
 class Examinee(NamedTuple):
@@ -67,6 +67,7 @@ def evaluate(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
+    guidance_style: float | None = None,
     features: str = "efflite0",
     clip: str = "",
     ends: bool = False,
@@ -88,9 +89,14 @@ def evaluate(
         OSError: if the checkpoint, a picture or the weights of the features are missing.
     """
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
-    overrides = {"diffusion_steps": steps, "class_guidance": guidance}
+    overrides = {
+        "diffusion_steps": steps,
+        "class_guidance": guidance,
+        "style_guidance": guidance_style,
+    }
     settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
     sampler.get_diffuser(model.denoiser, **settings)  # Raises before the long part.
+    check_parts(model.meta["text_encoder"]["name"], settings)
     examinee = load_examinee(
         model,
         checkpoint_folder,
@@ -239,6 +245,7 @@ def main(argv):
             seed=f.seed,
             steps=f.steps,
             guidance=f.guidance,
+            guidance_style=f.guidance_style,
             features=f.features,
             clip=f.clip,
             ends=f.ends,
@@ -264,6 +271,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "chooses the captions, and the noise of each", lower_bound=0)
     flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
     flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
+    flags.DEFINE_float("guidance_style", None, "weight of its style; default: the checkpoint's")
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
     flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")

@@ -20,12 +20,13 @@ from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
 from ldm_jax.schedules import SCHEDULES
 from ldm_jax.solvers import METHODS
-from ldm_jax.text import check_prompt, load_text_encoder
+from ldm_jax.text import check_parts, check_prompt, load_text_encoder
 
 # Flags => arguments of `get_diffuser`.
 SETTINGS = {
     "steps": "diffusion_steps",
     "guidance": "class_guidance",
+    "guidance_style": "style_guidance",
     **{
         name: name
         for name in ("guidance_interval", "guidance_rescale", "method", "eta", "schedule")
@@ -72,10 +73,14 @@ def sample(
     if guide_folder is not None and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
-    settings = model.meta["sampling"] | settings
+    own = dict(model.meta["sampling"])
+    if guide_folder is not None:
+        own.pop("style_guidance", None)  # A guide takes its place.
+    settings = own | settings
     guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
     diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
+    check_parts(text_encoder.name, settings)
     vae = models.load_encoder(load_vae, model.meta["vae"], dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
@@ -176,6 +181,7 @@ if __name__ == "__main__":
     # Without one of these the checkpoint's own setting counts.
     flags.DEFINE_integer("steps", None, "noise levels")
     flags.DEFINE_float("guidance", None, "weight of the text")
+    flags.DEFINE_float("guidance_style", None, "weight of the text's style, where it stands apart")
     flags.DEFINE_list("guidance_interval", None, "noise levels where guidance counts, as 0.1,0.8")
     flags.DEFINE_float("guidance_rescale", None, "how much guided estimates keep their spread")
     flags.DEFINE_enum("method", None, METHODS, "how to walk from noise to latents")

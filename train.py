@@ -42,7 +42,7 @@ from ldm_jax.plotting import save_grid
 from ldm_jax.preemption import watch_preemption
 from ldm_jax.profiling import StepWindow
 from ldm_jax.runlog import RunLog
-from ldm_jax.text import load_text_encoder
+from ldm_jax.text import check_parts, load_text_encoder
 from ldm_jax.unet import get_network
 
 
@@ -74,6 +74,7 @@ def _train(config, workdir, profile, preempted):
     vae, text_encoder = load_vae(config.encoders.vae), load_text_encoder(config.encoders.text)
     cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
     _check_shapes(config.network, cache)
+    check_parts(text_encoder.name, settings["sampling"])
     hosts.check_agreement(
         config=settings, code=hosts.describe_code(Path(__file__)), data=dict(cache.manifest)
     )

@@ -89,6 +89,7 @@ def get_config():
     config.sampling.eta = 0.0  # fresh noise of ddim
     config.sampling.guidance_interval = (0.0, 1.0)  # noise levels at which guidance counts
     config.sampling.guidance_rescale = 0.0
+    config.sampling.style_guidance = 0.0  # of the style alone; 0: class_guidance for all
     # Drawn while training, always from the same seeds.
     config.captions = (
         "a red apple",

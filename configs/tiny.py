@@ -16,6 +16,7 @@ def get_config():
     config.network.dtype = "float32"
     config.optimizer.warmup_steps = 2
     config.sampling.diffusion_steps = 5
+    config.sampling.style_guidance = 0.0  # "use" does not keep the style apart.
     config.captions = ("red apple", "grinning face")
     config.log_every = 5
     config.eval_every = 10

@@ -164,15 +164,56 @@ def guide(
     weight, the same estimate at the standard deviation of `preferred`, sample by sample (Lin et al.
     2024, eq. 15 and 16).
     """
-    guided = weight * preferred + (1 - weight) * other
+    return _keep_spread(weight * preferred + (1 - weight) * other, preferred, rescale)
+
+
+def guide_apart(
+    preferred: Float[Array, "n h w c"],
+    none: Float[Array, "n h w c"],
+    styleless: Float[Array, "n h w c"],
+    weight: Float[Array, ""] | float,
+    style_weight: Float[Array, ""] | float,
+    rescale: Float[Array, ""] | float = 0.0,
+) -> Float[Array, "n h w c"]:
+    """A weight for what a picture shows and another for its style.
+
+    none + w (styleless - none) + w_style (preferred - styleless), as Brooks et al. 2023,
+    eq. 3, weigh picture and instruction; equal weights make it `guide`.
+
+    Args:
+        preferred: estimates with the whole text.
+        none: without any.
+        styleless: with the text less its style.
+        weight: w.
+        style_weight: w_style.
+        rescale: see `guide`.
+    """
+    shown = weight * (styleless - none)
+    guided = none + shown + style_weight * (preferred - styleless)
+    return _keep_spread(guided, preferred, rescale)
+
+
+def _keep_spread(guided, preferred, rescale):
     axes = tuple(range(1, guided.ndim))
     ratio = jnp.std(preferred, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)
     return jnp.where(rescale > 0, guided * (rescale * ratio + (1 - rescale)), guided)
 
 
+def drop_style(labels: Float[Array, "n *t e"]) -> Float[Array, "n *t e"]:
+    """Text embeddings of two parts side by side, the second, the style's, replaced by zeros."""
+    return labels.at[..., labels.shape[-1] // 2 :].set(0)
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["denoiser", "class_guidance", "guidance_interval", "guidance_rescale", "guide"],
+    data_fields=[
+        "denoiser",
+        "class_guidance",
+        "style_guidance",
+        "guidance_interval",
+        "guidance_rescale",
+        "guide",
+    ],
     meta_fields=["diffusion_steps", "rule", "schedule", "perc", "method", "eta"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +236,9 @@ class Diffuser:
         guidance_interval: lowest and highest noise level at which w counts; it is 1 elsewhere
             (Kynkaanniemi et al. 2024).
         guidance_rescale: phi of `guide`, in [0, 1].
+        style_guidance: weight of the text's style, and w that of the rest; see `guide_apart`. For
+            text embeddings of two parts side by side, as "use-parts" gives them; the network then
+            runs on three texts a level instead of two. None: w for both.
         guide: a weaker denoiser, an earlier or smaller checkpoint, which estimates with the text
             what the denoiser is led away from (autoguidance, Karras et al. 2024). Without one it is
             the denoiser itself without the text.
@@ -210,6 +254,7 @@ class Diffuser:
     eta: float = 0.0
     guidance_interval: tuple[Any, Any] = (0.0, 1.0)
     guidance_rescale: Float[Array, ""] | float = 0.0
+    style_guidance: Float[Array, ""] | float | None = None
     guide: Callable | None = None
 
     def predict_x_zero(
@@ -232,19 +277,30 @@ class Diffuser:
     def _get_estimate(self, labels, negative_labels):
         """estimate(x_t, noise_level), guided and thresholded."""
         other_labels = jnp.zeros_like(labels) if negative_labels is None else negative_labels
+        apart = self.style_guidance is not None
         if self.guide is None:
-            both = get_estimator(self.denoiser, jnp.stack([labels, other_labels]))
+            texts = [labels, other_labels] + ([drop_style(labels)] if apart else [])
+            estimate_all = get_estimator(self.denoiser, jnp.stack(texts))
+        elif negative_labels is not None:
+            raise ValueError("negative labels do not go with a guide, which sees the text")
+        elif apart:
+            raise ValueError("style_guidance does not go with a guide, which sees the style")
         else:
-            if negative_labels is not None:
-                raise ValueError("negative labels do not go with a guide, which sees the text")
             pair = [get_estimator(d, labels[None]) for d in (self.denoiser, self.guide)]
-            both = lambda x_t, level: [estimate(x_t, level)[0] for estimate in pair]  # noqa: E731
+            estimate_all = lambda x_t, level: [e(x_t, level)[0] for e in pair]  # noqa: E731
 
         def estimate(x_t, level):
             low, high = self.guidance_interval
-            weight = jnp.where((low <= level) & (level <= high), self.class_guidance, 1.0)
-            preferred, other = both(x_t, level)
-            guided = guide(preferred, other, weight, self.guidance_rescale)
+            inside = (low <= level) & (level <= high)
+            weight = jnp.where(inside, self.class_guidance, 1.0)
+            preferred, other, *styleless = estimate_all(x_t, level)
+            if self.style_guidance is None:
+                guided = guide(preferred, other, weight, self.guidance_rescale)
+            else:
+                weights = weight, jnp.where(inside, self.style_guidance, 1.0)
+                guided = guide_apart(
+                    preferred, other, styleless[0], *weights, rescale=self.guidance_rescale
+                )
             return dynamic_thresholding(guided, self.perc)
 
         return estimate
@@ -289,19 +345,22 @@ def get_diffuser(
     eta: float = 0.0,
     guidance_interval: Sequence[float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
+    style_guidance: float = 0.0,
     guide: Callable | None = None,
 ) -> Diffuser:
     """A Diffuser from plain settings, as configs and checkpoints hold them.
 
     `mixture` names the signal rule of the update: "convex" is update A, which the original runs,
-    "variance_preserving" update B. See `Diffuser` for the rest.
+    "variance_preserving" update B. A style_guidance of 0 is none: class_guidance counts for all of
+    the text. See `Diffuser` for the rest.
 
     Raises:
         ValueError: for a guidance weight that is not finite, too few steps, numbers outside their
             ranges, or unknown names.
     """
-    if not np.isfinite(class_guidance):
-        raise ValueError(f"class_guidance must be a finite number, got {class_guidance}")
+    for name, value in (("class_guidance", class_guidance), ("style_guidance", style_guidance)):
+        if not np.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value}")
     if not 0 <= perc <= 100:
         raise ValueError(f"perc must lie in [0, 100], got {perc}")
     for name, value in (("eta", eta), ("guidance_rescale", guidance_rescale)):
@@ -325,5 +384,6 @@ def get_diffuser(
         eta,
         interval,
         guidance_rescale,
+        style_guidance or None,
         guide,
     )

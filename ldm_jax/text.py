@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,23 @@ def check_prompt(text: str) -> str:
             f"a prompt must have at most {MAX_CAPTION_LENGTH} characters, got {len(text)}"
         )
     return text
+
+
+def check_parts(name: str, sampling: Mapping[str, Any]) -> None:
+    """Makes sure that a text encoder keeps the style apart, if the sampler is to guide it apart.
+
+    Args:
+        name: of the encoder.
+        sampling: settings of `sampler.get_diffuser`.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if sampling.get("style_guidance") and name != "use-parts":
+        raise ValueError(
+            f"style_guidance={sampling['style_guidance']} needs the text encoder 'use-parts', "
+            f"which keeps the style apart, got {name!r}; 0 guides the whole text"
+        )
 
 
 def split_caption(caption: str) -> tuple[str, str]:

@@ -84,7 +84,7 @@ def plan_guidance(
         curves[title] = [
             # The weight 1 does nothing, on any interval.
             walk
-            | {"class_guidance": weight}
+            | {"class_guidance": weight, "style_guidance": 0.0}
             | {"guidance_interval": [0.0, 1.0] if weight == 1 else [low, high]}
             for weight in sorted(weights)
         ]

@@ -172,6 +172,7 @@ def export_tiny(folder, text_encoder):
 
     meta = json.loads((models.BUNDLED / models.META_FILE).read_text())
     [width] = text_encoder.shape
+    style_guidance = 5.0 if text_encoder.name == "use-parts" else 0.0
     fields = dict(latent_image_size=8, block_depth=1, emb_size=width, widths=(16, 32), norm="group")
     network = get_network(**fields)
     shapes = (1, 8, 8, 4), (1,), (1, width)
@@ -180,7 +181,7 @@ def export_tiny(folder, text_encoder):
     meta = create_meta(
         network=fields,
         noising=meta["noising"],
-        sampling=meta["sampling"] | {"diffusion_steps": 3},
+        sampling=meta["sampling"] | {"diffusion_steps": 3, "style_guidance": style_guidance},
         scale=scale,
         vae=meta["vae"],
         text_encoder=text_encoder.identity,

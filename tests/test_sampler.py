@@ -192,6 +192,7 @@ def test_the_defaults_are_the_originals():
             "eta": 0.0,
             "guidance_interval": (0.0, 1.0),
             "guidance_rescale": 0.0,
+            "style_guidance": None,
             "guide": None,
         }
 

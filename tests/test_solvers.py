@@ -165,6 +165,37 @@ def test_guide_equals_its_equations():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def halve_by_parts(x_t, noise_levels, labels):
+    """Half of x_t, and the means of both halves of the text, the second ten times."""
+    name, style = (jnp.mean(part, -1)[:, None, None, None] for part in jnp.split(labels, 2, -1))
+    return 0.5 * x_t + name + 10 * style
+
+
+def test_name_and_style_are_guided_apart():
+    x_t = sample_seeds([1, 2], SHAPE) / 4
+    labels = jnp.concatenate([jnp.full((2, 6), 0.01), jnp.full((2, 6), 0.002)], -1)
+    diffuser = get_diffuser(Partial(halve_by_parts), class_guidance=3.0, style_guidance=5.0)
+    found = diffuser.predict_x_zero(x_t, labels, 0.4)
+    np.testing.assert_allclose(found, 0.5 * x_t + 3 * 0.01 + 5 * 0.02, atol=1e-6)
+    away = diffuser.predict_x_zero(x_t, labels, 0.4, negative_labels=-labels)
+    none = -0.01 - 0.02
+    np.testing.assert_allclose(away, 0.5 * x_t + none + 3 * (0.01 - none) + 5 * 0.02, atol=1e-6)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+def test_equal_weights_are_plain_guidance(rescale):
+    x_t, labels = sample_seeds([1, 2], SHAPE), 0.1 * jnp.arange(24.0).reshape(2, 12)
+    settings = dict(class_guidance=3.0, guidance_rescale=rescale, guidance_interval=(0.2, 0.6))
+    for level in (0.1, 0.4):
+        apart, plain = (
+            get_diffuser(Partial(halve_by_parts), **settings, **more).predict_x_zero(
+                x_t, labels, level
+            )
+            for more in ({"style_guidance": 3.0}, {})
+        )
+        np.testing.assert_allclose(apart, plain, atol=1e-5)
+
+
 def test_guidance_counts_inside_its_interval_alone():
     x_t, labels = sample_seeds([1, 2], SHAPE) / 4, jnp.ones((2, 12))
     diffuser = get_diffuser(Partial(halve), class_guidance=3.0, guidance_interval=(0.2, 0.6))
@@ -189,6 +220,9 @@ def test_autoguidance_leads_away_from_the_guide():
     np.testing.assert_allclose(found, 2 * (0.5 * x_t + 0.1) - 0.4 * x_t, atol=1e-6)
     with pytest.raises(ValueError, match="negative labels do not go with a guide"):
         diffuser.predict_x_zero(x_t, labels, 0.4, negative_labels=labels)
+    apart = get_diffuser(Partial(halve), style_guidance=2.0, guide=weaker)
+    with pytest.raises(ValueError, match="style_guidance does not go with a guide"):
+        apart.predict_x_zero(x_t, labels, 0.4)
 
 
 def test_new_guidance_never_retraces():
@@ -197,6 +231,11 @@ def test_new_guidance_never_retraces():
     kinds = [dict(), dict(guidance_rescale=0.7), dict(guidance_interval=(0.1, 0.5)), dict()]
     for w, settings in zip((1.0, 4.0, 7.0, 2.0), kinds):
         diffuser = get_diffuser(Partial(halve), class_guidance=w, **settings)
+        sample(diffuser, x_t, labels, jnp.float32(0.3))
+    chex.clear_trace_counter()
+    sample = jax.jit(chex.assert_max_traces(Diffuser.predict_x_zero, n=1))
+    for w_style in (1.0, 5.0):
+        diffuser = get_diffuser(Partial(halve), style_guidance=w_style)
         sample(diffuser, x_t, labels, jnp.float32(0.3))
 
 
@@ -208,6 +247,7 @@ def test_new_guidance_never_retraces():
         ({"eta": 0.5, "method": "heun"}, "eta belongs to the method 'ddim'"),
         ({"guidance_rescale": -1}, r"guidance_rescale must lie in \[0, 1\], got -1"),
         ({"guidance_interval": (0.5, 0.2)}, "0 <= low <= high <= 1"),
+        ({"style_guidance": float("nan")}, "style_guidance must be a finite number, got nan"),
         ({"schedule": "cosine"}, "schedule must be one of"),
     ],
 )

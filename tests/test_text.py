@@ -13,6 +13,7 @@ from stand_ins import create_clip
 from ldm_jax.text import (
     MAX_CAPTION_LENGTH,
     TextEncoder,
+    check_parts,
     check_prompt,
     load_text_encoder,
     split_caption,
@@ -69,6 +70,14 @@ def test_use_gives_the_package_s_vectors_with_unit_components():
 def test_use_puts_like_meanings_near():
     cat, kitten, car = load_text_encoder("use")(["a cat", "a kitten", "a lorry"])
     assert cat @ kitten > 1.3 * (cat @ car)
+
+
+def test_style_is_guided_apart_where_it_is_embedded_apart():
+    check_parts("use-parts", {"style_guidance": 5.0})
+    check_parts("use", {"style_guidance": 0.0})
+    check_parts("use", {})
+    with pytest.raises(ValueError, match="needs the text encoder 'use-parts'.*got 'use'"):
+        check_parts("use", {"style_guidance": 5.0})
 
 
 @pytest.mark.parametrize(
