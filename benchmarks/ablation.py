@@ -51,7 +51,7 @@ ROWS = (
         {
             "sampling.method": "dpm_solver_pp_2m",
             "sampling.schedule": "log_snr",
-            "sampling.diffusion_steps": 25,
+            "sampling.diffusion_steps": 13,
         },
     ),
     Row("guidance 3", {"sampling.class_guidance": 3.0}),
@@ -68,7 +68,7 @@ ROWS = (
     Row(
         "warm-up decay and clipping",
         {
-            "optimizer.learning_rate": 1e-3,
+            "optimizer.learning_rate": 2e-3,
             "optimizer.warmup_steps": 500,
             "optimizer.decay": "cosine",
             "optimizer.clip_norm": 1.0,
@@ -77,6 +77,7 @@ ROWS = (
     Row("longer average", {"training.ema_decay": 0.9995}),
     Row("dropout", {"network.dropout": 0.1}),
     Row("name and style apart", {"encoders.text": "use-parts", "network.emb_size": 1024}),
+    Row("style guided apart", {"sampling.style_guidance": 5.0}),
     Row("adaptive conditioning", {"network.conditioning": "adaptive"}),
     Row("velocity by squares", {"noising.target": "velocity", "training.loss": "mse"}),
 )

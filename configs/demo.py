@@ -11,7 +11,6 @@ def get_config():
     config.network.block_depth = 1
     config.network.widths = (32, 64, 96)
     config.network.dtype = "float32"
-    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.training.ema_decay = 0.99
     config.log_every = 50
