@@ -55,10 +55,10 @@ def sample(
     Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
     The PNG files carry prompt, seed and settings as text; `settings` are arguments of
     `get_diffuser` in the place of the checkpoint's own. Guidance leads away from no text, from
-    `negative_prompt`, or from what a weaker checkpoint in `guide_folder` estimates. With a
-    `vae_dtype` of "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures (the
-    bundled VAE). With `ema` the weights are the average of that sigma_rel, made of the run's
-    snapshots.
+    `negative_prompt`, or from what a weaker checkpoint in `guide_folder` estimates, which puts the
+    checkpoint's own guidance of the style out of play. With a `vae_dtype` of "bfloat16" a GPU
+    decodes faster, at some 55 dB from the float32 pictures (the bundled VAE). With `ema` the
+    weights are the average of that sigma_rel, made of the run's snapshots.
 
     Raises:
         ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), settings that do not

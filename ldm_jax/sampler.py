@@ -201,7 +201,7 @@ def _keep_spread(guided, preferred, rescale):
 
 def drop_style(labels: Float[Array, "n *t e"]) -> Float[Array, "n *t e"]:
     """Text embeddings of two parts side by side, the second, the style's, replaced by zeros."""
-    return labels.at[..., labels.shape[-1] // 2 :].set(0)
+    return jnp.asarray(labels).at[..., labels.shape[-1] // 2 :].set(0)
 
 
 @partial(
