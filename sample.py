@@ -79,8 +79,8 @@ def sample(
     settings = own | settings
     guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
     diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
+    check_parts(model.meta["text_encoder"]["name"], settings)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
-    check_parts(text_encoder.name, settings)
     vae = models.load_encoder(load_vae, model.meta["vae"], dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]

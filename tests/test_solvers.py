@@ -8,8 +8,9 @@ import pytest
 from jax.tree_util import Partial
 
 from ldm_jax import solvers
+from ldm_jax.guidance import guide
 from ldm_jax.noising import SignalRule
-from ldm_jax.sampler import Diffuser, get_diffuser, get_picture_keys, guide, sample_seeds
+from ldm_jax.sampler import Diffuser, get_diffuser, get_picture_keys, sample_seeds
 from ldm_jax.schedules import SCHEDULES, get_noise_levels
 
 SHAPE = (4, 4, 2)
