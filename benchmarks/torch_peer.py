@@ -41,7 +41,6 @@ def make_train_step(
     model: TorchUNet,
     batch_size: int,
     mode: str = "eager",
-    compile_mode: str = "max-autotune-no-cudagraphs",
 ) -> Callable[[], Tensor]:
     """step() trains `model` on one fixed synthetic batch and returns the loss, on the device.
 
@@ -51,8 +50,8 @@ def make_train_step(
     Args:
         model: on its device; it is left in training mode.
         batch_size: pictures of a step.
-        mode: "eager", or "compile": torch.compile of the loss with all that it draws.
-        compile_mode: of torch.compile; "reduce-overhead" uses CUDA graphs.
+        mode: "eager", or "compile": the loss with all that it draws, and its gradient, are CUDA
+            graphs (mode="reduce-overhead").
     """
     device = prepare(model.train(), mode)
     latents, text = draw_batch(model, batch_size, device)
@@ -67,7 +66,7 @@ def make_train_step(
         return get_loss(model, latents, text * keep, torch.randn_like(latents), levels)
 
     if mode == "compile":
-        draw_loss = torch.compile(draw_loss, mode=compile_mode)
+        draw_loss = torch.compile(draw_loss, mode="reduce-overhead")
 
     def step() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()

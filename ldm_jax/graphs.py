@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 FLAG = "xla_gpu_enable_command_buffer"
 # XLA's own choice leaves convolutions out, and each of them ends a graph.
@@ -67,26 +69,38 @@ class RecordedJit:
 
 @cache
 def _can_record_convolutions() -> bool:
-    """Whether a convolution and its gradients run from a graph.
+    """Whether a convolution and its gradients run from a graph, on every GPU of this process.
 
-    They run without one first: what cuDNN sets up at its first convolution cannot be recorded, and
-    the first step would fail.
+    They run without one first: what cuDNN sets up for a device at its first convolution cannot be
+    recorded. A device that was left out would fail in the first step, while the others wait for it.
     """
+    _convolve({FLAG: ""})
+    try:
+        for _ in range(2):  # Recorded, and started again.
+            _convolve({FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1})
+    except Exception as error:  # XLA has no class of its own for it.
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"going on without convolutions in CUDA graphs: {reason}")
+        return False
+    return True
+
+
+def _convolve(options: dict[str, Any]) -> Any:
+    """A convolution's gradients, of its own on each device of this process, by one program."""
+    mesh = Mesh(jax.local_devices(), "devices")
+    split = PartitionSpec("devices")
 
     def convolve(x, kernel):
         dimensions = "NHWC", "HWIO", "NHWC"
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=dimensions)
         return jnp.sum(jnp.square(y.astype(jnp.float32)))
 
-    gradients = jax.grad(convolve, argnums=(0, 1))
-    inputs = [jnp.ones(shape, jnp.bfloat16) for shape in ((8, 8, 8, 64), (3, 3, 64, 64))]
-    options = {FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1}
-    jax.block_until_ready(jax.jit(gradients, compiler_options={FLAG: ""})(*inputs))
-    try:
-        for _ in range(2):  # Recorded, and started again.
-            jax.block_until_ready(jax.jit(gradients, compiler_options=options)(*inputs))
-    except Exception as error:  # XLA has no class of its own for it.
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"going on without convolutions in CUDA graphs: {reason}")
-        return False
-    return True
+    def differentiate(x, kernel):
+        return [g[None] for g in jax.grad(convolve, argnums=(0, 1))(x[0], kernel[0])]
+
+    program = jax.jit(
+        jax.shard_map(differentiate, mesh=mesh, in_specs=split, out_specs=split),
+        compiler_options=options,
+    )
+    inputs = [np.ones((mesh.size, *s), jnp.bfloat16) for s in ((8, 8, 8, 64), (3, 3, 64, 64))]
+    return jax.block_until_ready(program(*jax.device_put(inputs, NamedSharding(mesh, split))))

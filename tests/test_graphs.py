@@ -48,6 +48,15 @@ def test_where_recording_fails_training_goes_on_without(on_gpu, monkeypatch):
         assert graphs.get_options(jax.devices()[0]) is None
 
 
+def test_every_device_of_the_process_is_tried():
+    gradients = graphs._convolve({})
+    for gradient in gradients:
+        assert gradient.sharding.device_set == set(jax.local_devices())
+        first, *others = np.asarray(gradient, np.float32)
+        assert first.any() and len(others) == 7
+        assert all(np.array_equal(first, other) for other in others)
+
+
 # A function's jit.
 
 
