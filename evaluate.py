@@ -65,9 +65,7 @@ def evaluate(
     pictures: str | Path | None = None,
     captions_per_group: int = 64,
     seed: int = 0,
-    steps: int | None = None,
-    guidance: float | None = None,
-    guidance_style: float | None = None,
+    sampling: Mapping[str, Any] | None = None,
     features: str = "efflite0",
     clip: str = "",
     ends: bool = False,
@@ -78,7 +76,8 @@ def evaluate(
 
     The captions and the noise that each starts from depend on `seed` and the pictures alone, so
     that two checkpoints draw the same. With `ema` the weights are the average of that sigma_rel,
-    made of the run's snapshots.
+    made of the run's snapshots. `sampling` holds settings of `sampler.get_diffuser` that replace
+    the checkpoint's.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
@@ -89,12 +88,7 @@ def evaluate(
         OSError: if the checkpoint, a picture or the weights of the features are missing.
     """
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
-    overrides = {
-        "diffusion_steps": steps,
-        "class_guidance": guidance,
-        "style_guidance": guidance_style,
-    }
-    settings = model.meta["sampling"] | {k: v for k, v in overrides.items() if v is not None}
+    settings = model.meta["sampling"] | dict(sampling or {})
     sampler.get_diffuser(model.denoiser, **settings)  # Raises before the long part.
     check_parts(model.meta["text_encoder"]["name"], settings)
     examinee = load_examinee(
@@ -234,6 +228,11 @@ def main(argv):
         logging.set_verbosity(logging.ERROR)  # Orbax tells each of its steps as "info".
     print(keep_compiled(), flush=True)
     began = time.perf_counter()
+    sampling = {
+        "diffusion_steps": f.steps,
+        "class_guidance": f.guidance,
+        "style_guidance": f.guidance_style,
+    }
     try:
         figures = evaluate(
             f.out,
@@ -243,9 +242,7 @@ def main(argv):
             pictures=f.pictures,
             captions_per_group=f.captions_per_group,
             seed=f.seed,
-            steps=f.steps,
-            guidance=f.guidance,
-            guidance_style=f.guidance_style,
+            sampling={k: v for k, v in sampling.items() if v is not None},
             features=f.features,
             clip=f.clip,
             ends=f.ends,

@@ -4,10 +4,11 @@
     python -m benchmarks.ablation --minutes=3 --out=runs/ablation --rows="log-normal noise levels"
 
 Each row trains with its change and those of all rows before it, on the emoji, for the same minutes
-of training on this machine: a probe of a few steps tells how many steps those are. Then it is
-measured as evaluate.py does, on the same captions from the same noise. OUT gets a folder for each
-row, and the table as table.md, anew after each. A row that is measured is not run again, so the
-same command goes on where it was. The emoji are encoded first, where that was not done.
+of training on this machine: a probe of a few steps tells how many steps those are. A row that
+changes nothing but the sampler draws with the weights of the row before it. Then it is measured as
+evaluate.py does, on the same captions from the same noise. OUT gets a folder for each row, and the
+table as table.md, anew after each. A row that is measured is not run again, so the same command
+goes on where it was. The emoji are encoded first, where that was not done.
 """
 
 import json
@@ -117,14 +118,34 @@ def count_steps(config: Any, folder: Path, minutes: float, probe_steps: int) -> 
     return max(int(60 * minutes * speeds[-1] / config.batch_size), probe_steps)
 
 
-def run_row(config: Any, out: Path, minutes: float, probe_steps: int, **settings: Any) -> None:
-    """Trains and measures a row into its folder; `settings` are those of `evaluate`."""
+def get_trained(k: int) -> int:
+    """The row whose weights row k draws with: the last one up to it that changes the training."""
+    while all(key.startswith("sampling.") for key in ROWS[k].changes):
+        k -= 1
+    return k
+
+
+def train_row(k: int, out: Path, minutes: float, probe_steps: int) -> Path:
+    """Trains a row, where that was not done; the folder of the run."""
+    config, folder = get_config(k + 1), get_folder(out, k)
     encode(config)
-    steps = count_steps(config, out / "probe", minutes, probe_steps)
+    written = folder / "run" / "config.json"
+    if written.exists():
+        steps = json.loads(written.read_text())["steps"]
+    else:
+        steps = count_steps(config, folder / "probe", minutes, probe_steps)
     config.update({name: steps for name in ("steps", "eval_every", "sample_every", "save_every")})
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps - 1)
-    train(config, out / "run")
-    evaluate(out / "quality", checkpoint_folder=out / "run", **settings)
+    train(config, folder / "run")
+    return folder / "run"
+
+
+def run_row(k: int, out: Path, minutes: float, probe_steps: int, **settings: Any) -> None:
+    """Measures row k into its folder; `settings` are those of `evaluate`."""
+    run = train_row(get_trained(k), out, minutes, probe_steps)
+    sampling = get_config(k + 1).sampling.to_dict()
+    quality = get_folder(out, k) / "quality"
+    evaluate(quality, checkpoint_folder=run, sampling=sampling, **settings)
 
 
 def format_table(out: Path) -> str:
@@ -135,7 +156,8 @@ def format_table(out: Path) -> str:
         folder = get_folder(out, k)
         if not (folder / DONE).exists():
             continue
-        config = json.loads((folder / "run" / "config.json").read_text())
+        run = get_folder(out, get_trained(k)) / "run"
+        config = json.loads((run / "config.json").read_text())
         groups = json.loads((folder / DONE).read_text())["groups"]
         cells = [
             form.format(**groups[group]["drawn"][figure]) if group in groups else "-"
@@ -164,11 +186,10 @@ def main(argv):
     out = Path(f.out).expanduser()
     print(keep_compiled(), flush=True)
     for k, name in enumerate(names):
-        folder = get_folder(out, k)
-        if name not in wanted or (folder / DONE).exists():
+        if name not in wanted or (get_folder(out, k) / DONE).exists():
             continue
         settings = {"captions_per_group": f.captions_per_group, "batch_size": f.batch_size}
-        run_row(get_config(k + 1), folder, f.minutes, f.probe_steps, **settings)
+        run_row(k, out, f.minutes, f.probe_steps, **settings)
         (out / "table.md").write_text(format_table(out) + "\n")
     print(format_table(out))
 

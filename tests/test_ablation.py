@@ -57,16 +57,35 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(tmp_path, monkeypatc
         "sampling.diffusion_steps": 3,
         "captions": ("thing 1, flat",),
     }
-    rows = ablation.Row("tiny", tiny), ablation.Row("group norm", {"network.norm": "group"})
+    rows = ablation.Row("tiny", tiny), ablation.Row("strong", {"sampling.class_guidance": 9.0})
     monkeypatch.setattr(ablation, "ROWS", rows)
     out = tmp_path / "out"
-    folder = ablation.get_folder(out, 0)
     settings = {"captions_per_group": 6, "batch_size": 8, "progress": False}
-    ablation.run_row(ablation.get_config(1), folder, 0.02, 8, **settings)
-    written = json.loads((folder / "run" / "config.json").read_text())
-    assert written["steps"] >= 8 and written["network"]["norm"] == "batch"
-    assert (folder / "run" / "checkpoints" / str(written["steps"])).is_dir()
-    header, rule, row = ablation.format_table(out).splitlines()
+    ablation.run_row(0, out, 0.02, 8, **settings)
+    run = ablation.get_folder(out, 0) / "run"
+    steps = json.loads((run / "config.json").read_text())["steps"]
+    assert steps >= 8 and (run / "checkpoints" / str(steps)).is_dir()
+
+    # Another sampler draws with the same weights.
+    monkeypatch.setattr(ablation, "count_steps", None)
+    ablation.run_row(1, out, 0.02, 8, **settings)
+    assert [path.name for path in ablation.get_folder(out, 1).iterdir()] == ["quality"]
+    told = [json.loads((ablation.get_folder(out, k) / ablation.DONE).read_text()) for k in (0, 1)]
+    assert [t["sampling"]["class_guidance"] for t in told] == [4.0, 9.0]
+    assert told[0]["groups"]["cell"]["drawn"]["kid"] != told[1]["groups"]["cell"]["drawn"]["kid"]
+
+    header, rule, *lines = ablation.format_table(out).splitlines()
     assert header.startswith("| change | steps | batch | training R@1 | cells R@1 |")
-    assert row.startswith(f"| tiny | {written['steps']} | 16 | ") and "[" in row
-    assert header.count("|") == rule.count("|") == row.count("|")
+    assert [line.split(" | ")[:3] for line in lines] == [
+        [f"| {name}", str(steps), "16"] for name in ("tiny", "strong")
+    ]
+    assert {line.count("|") for line in (header, rule, *lines)} == {header.count("|")}
+    assert all("[" in line for line in lines)
+
+
+def test_a_row_of_the_sampler_alone_draws_with_the_weights_before_it():
+    names = [row.name for row in ablation.ROWS]
+    trained = [ablation.get_trained(k) for k in range(len(names))]
+    assert trained[names.index("guidance 3")] == names.index("log-normal noise levels")
+    assert trained[names.index("style guided apart")] == names.index("name and style apart")
+    assert sum(k == trained[k] for k in range(len(names))) == len(names) - 4
