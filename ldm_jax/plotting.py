@@ -88,6 +88,8 @@ def plot_curves(
 ) -> Any:
     """Draws curves with a bar at each point for its interval; returns matplotlib's figure.
 
+    An ordinate of positive numbers, the greatest over ten times the least, is logarithmic.
+
     Args:
         panels: title of the ordinate => title of a curve => points (x, value, low, high).
         x_title: of the abscissa.
@@ -116,6 +118,10 @@ def plot_curves(
             ax.xaxis.set_minor_formatter(NullFormatter())
             # Of two ticks whose labels would touch, the greater.
             places = [p for p, after in zip(places, [*places[1:], np.inf]) if after > 1.15 * p]
+        every = np.array([point[1:] for points in curves.values() for point in points])
+        if 0 < 10 * every.min() < every.max():
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter(ScalarFormatter())
         ax.set_xticks(places)
         ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.set(xlabel=x_title, ylabel=title)

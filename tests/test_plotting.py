@@ -274,6 +274,15 @@ def test_ticks_that_would_touch_are_left_out():
         plt.close(figure)
 
 
+@pytest.mark.parametrize("low, scale", [(1.0, "log"), (10.0, "linear"), (-1.0, "linear")])
+def test_positive_values_that_differ_much_lie_on_a_logarithmic_ordinate(low, scale):
+    figure = plot_curves({"one": {"a": [(1, 90.0, 80.0, 100.0)], "b": [(2, 20.0, low, 30.0)]}}, "x")
+    figure.canvas.draw()
+    assert figure.axes[0].get_yscale() == scale
+    assert all("10^" not in tick.get_text() for tick in figure.axes[0].get_yticklabels())
+    plt.close(figure)
+
+
 def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r'pip install "ldm_jax\[plot\]"'):
