@@ -3,7 +3,7 @@
 import os
 import socket
 import subprocess
-import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 
@@ -46,9 +46,10 @@ def run_processes(commands, devices=8, timeout=120, **variables):
 
 def finish_processes(processes, timeout=120):
     """Exit code and output of each process. None is left running, whatever happens."""
-    deadline = time.monotonic() + timeout
     try:
-        outputs = [p.communicate(timeout=max(1, deadline - time.monotonic()))[0] for p in processes]
+        # All are read at once: one whose pipe is full would stop, and the others wait for it.
+        with ThreadPoolExecutor(len(processes)) as pool:
+            outputs = list(pool.map(lambda p: p.communicate(timeout=timeout)[0], processes))
     finally:
         for process in processes:
             process.kill()

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, update_wrapper
 from types import MethodType
 from typing import Any
@@ -18,7 +18,7 @@ FLAG = "xla_gpu_enable_command_buffer"
 RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 
 
-def get_options(device: Any) -> dict[str, str] | None:
+def get_options(devices: Iterable[Any]) -> dict[str, str] | None:
     """Options of jax.jit by which XLA records convolutions into its CUDA graphs as well.
 
     A training step is some 2 600 kernels of a few microseconds, a step of sampling 257; started one
@@ -26,13 +26,13 @@ def get_options(device: Any) -> dict[str, str] | None:
     job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
 
     Args:
-        device: one of those that the program is for.
+        devices: those that the program is for; what is tried is tried on all that this process has.
     """
     if FLAG in os.environ.get("XLA_FLAGS", "") or jax.default_backend() != "gpu":
         return None
-    if device not in jax.devices() or not _can_record_convolutions():
-        return None
-    return {FLAG: RECORDED}
+    devices = set(devices)
+    here = tuple(device for device in jax.local_devices() if device in devices)
+    return {FLAG: RECORDED} if here and _can_record_convolutions(here) else None
 
 
 class RecordedJit:
@@ -63,21 +63,21 @@ class RecordedJit:
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._get_jit()
         placed = next((leaf for leaf in leaves if getattr(leaf, "committed", False)), here)
-        options = get_options(next(iter(placed.devices())))
+        options = get_options(placed.devices())
         return self._get_jit(*(options or {}).items())
 
 
 @cache
-def _can_record_convolutions() -> bool:
-    """Whether a convolution and its gradients run from a graph, on every GPU of this process.
+def _can_record_convolutions(devices: tuple) -> bool:
+    """Whether a convolution and its gradients run from a graph on each of these GPUs.
 
     They run without one first: what cuDNN sets up for a device at its first convolution cannot be
     recorded. A device that was left out would fail in the first step, while the others wait for it.
     """
-    _convolve({FLAG: ""})
+    recorded = {FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1}
     try:
-        for _ in range(2):  # Recorded, and started again.
-            _convolve({FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1})
+        for options in ({FLAG: ""}, recorded, recorded):  # Recorded, and started again.
+            _convolve(devices, options)
     except Exception as error:  # XLA has no class of its own for it.
         reason = " ".join(str(error).split())[:200]
         warnings.warn(f"going on without convolutions in CUDA graphs: {reason}")
@@ -85,9 +85,9 @@ def _can_record_convolutions() -> bool:
     return True
 
 
-def _convolve(options: dict[str, Any]) -> Any:
-    """A convolution's gradients, of its own on each device of this process, by one program."""
-    mesh = Mesh(jax.local_devices(), "devices")
+def _convolve(devices: tuple, options: dict[str, Any]) -> Any:
+    """A convolution's gradients, of its own on each device, by one program."""
+    mesh = Mesh(devices, "devices")
     split = PartitionSpec("devices")
 
     def convolve(x, kernel):

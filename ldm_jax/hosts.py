@@ -88,7 +88,10 @@ def join_hosts(
     watch.start()
     try:
         jax.distributed.initialize(
-            **options, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=30
+            **options,
+            initialization_timeout=timeout + 60,
+            heartbeat_timeout_seconds=30,
+            shutdown_timeout_seconds=60,  # Of one that ends with an error, while others go on.
         )
     except Exception as error:
         raise ConnectionError(

@@ -60,18 +60,20 @@ def get_mesh(layout: str = "data", devices: Sequence[Any] | None = None) -> Mesh
     """A mesh with the axes "data" and "fsdp" over `devices`, those of all hosts by default.
 
     Neighbours on the "fsdp" axis, which talk most, are neighbours in the machine. On a pod of
-    several slices only "data" crosses from one to another.
+    several slices of TPUs only "data" crosses from one to another.
 
     Raises:
         ValueError: see `parse_layout`; also if "data" cannot be divided among the slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     data, fsdp = parse_layout(layout, len(devices))
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    on_tpu = devices[0].platform == "tpu"
+    # Of GPUs each host is a slice to JAX, and "fsdp" may cross hosts.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if data % slices:
         raise ValueError(f"the mesh {layout!r} has {data} parts of the data for {slices} slices")
-    if fsdp == 1:
-        grid = np.asarray(devices).reshape(data, fsdp)  # As pmap numbers them.
+    if fsdp == 1 or not on_tpu:
+        grid = np.asarray(devices).reshape(data, fsdp)  # As JAX numbers them, host by host.
     elif slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp), (slices, 1), devices)
     else:
@@ -184,7 +186,7 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
         mesh: where the state lives as `get_shardings` says; None leaves it to XLA.
         parallelism: "jit" or "pmap".
     """
-    options = graphs.get_options(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+    options = graphs.get_options(jax.devices()[:1] if mesh is None else mesh.devices.flat)
     if mesh is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
     if parallelism == "pmap":
@@ -199,7 +201,14 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
 
 def _pmap_step(step, mesh):
     """`step` under pmap, between arrays that live on the mesh as they do under jit."""
-    run = jax.pmap(step, "data", in_axes=(None, None, 0), out_axes=None, donate_argnums=0)
+    run = jax.pmap(
+        step,
+        "data",
+        in_axes=(None, None, 0),
+        out_axes=None,
+        donate_argnums=0,
+        devices=list(mesh.devices.flat),
+    )
 
     def join_hosts(x):
         # What pmap returns is known to this host alone.

@@ -214,14 +214,14 @@ def get_train_step(
         loss_options["axis_name"] = sharding.batch_axes(parallelism)
         network = network.clone(axis_name=loss_options["axis_name"])
     loss_fn = get_loss(network, scale, process, **loss_options)
-    get_gradients = get_value_and_grad(loss_fn, accumulate)
+    get_gradients = _keep_order(get_value_and_grad(loss_fn, accumulate))
     if mesh is not None:
         get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, reduce_dtype)
 
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
         step_key = jax.random.fold_in(rng, state.step)
         (loss, batch_stats), grads = get_gradients(state.params, state.batch_stats, step_key, batch)
-        grads = _settle(grads)
+        grads = jax.lax.optimization_barrier(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -240,16 +240,24 @@ def get_train_step(
     return sharding.compile_step(train_step, mesh, parallelism)
 
 
-def _settle(grads):
-    """Gradients as they are, in the memory order of their weights.
+def _keep_order(value_and_grad):
+    """`value_and_grad` with gradients in the memory order of their weights.
 
     On GPUs a convolution's gradient comes in another order. Left to itself, XLA turns the weight,
-    its moments and its average to that order and back, which takes as long as all of Adam.
+    its moments and its average to that order and back, which takes as long as all of Adam. A device
+    says so of its own gradients, before they are added up: of arrays that are split over devices,
+    XLA would gather the whole to put it into order.
     """
-    order = lambda g: Layout(major_to_minor=tuple(range(g.ndim)))  # noqa: E731
-    return jax.lax.optimization_barrier(
-        jax.tree.map(lambda g: with_layout_constraint(g, order(g)) if g.ndim > 2 else g, grads)
-    )
+
+    def keep(g):
+        order = Layout(major_to_minor=tuple(range(g.ndim)))
+        return with_layout_constraint(g, order) if g.ndim > 2 else g
+
+    def in_order(*arguments):
+        value, grads = value_and_grad(*arguments)
+        return value, jax.tree.map(keep, grads)
+
+    return in_order
 
 
 def _get_norm(grads):

@@ -92,6 +92,9 @@ def test_gpus_are_forecast_from_virtual_devices():
     assert 0.999 * 4 * data.weights <= sent <= 4 * data.weights + 4
     assert {m.kind for m in data.messages} == {"all-reduce"}
     assert {"all-gather", "reduce-scatter"} <= {m.kind for m in fsdp.messages}
+    # Weights are gathered, each once, and sums for the gradients' norm; gradients stay split.
+    gathered = sum(m.bytes for m in fsdp.messages if m.kind == "all-gather")
+    assert 0.9 < gathered / (4 * fsdp.weights) < 1.1
     assert fsdp.state_bytes < 0.5 * data.state_bytes
     # Four copies of the weights (state, average, two moments) and a device's part of the batch.
     batch = 8 * 2 * (2 * 8 * 8 * 4 + 512)

@@ -23,11 +23,11 @@ def on_gpu(monkeypatch):
 
 
 def test_a_cpu_has_no_graphs():
-    assert graphs.get_options(jax.devices()[0]) is None
+    assert graphs.get_options(jax.devices()[:1]) is None
 
 
 def test_a_gpu_records_convolutions(on_gpu):
-    options = graphs.get_options(jax.devices()[0])
+    options = graphs.get_options(jax.devices()[:1])
     assert options == {graphs.FLAG: graphs.RECORDED} and "CONVOLUTION" in graphs.RECORDED
     # jit takes them, and XLA knows their names: of others it says so.
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
@@ -35,26 +35,38 @@ def test_a_gpu_records_convolutions(on_gpu):
 
 def test_what_xla_flags_say_counts(on_gpu, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--{graphs.FLAG}=")
-    assert graphs.get_options(jax.devices()[0]) is None
+    assert graphs.get_options(jax.devices()[:1]) is None
 
 
 def test_devices_of_others_get_no_options(on_gpu):
-    assert graphs.get_options("a chip of a topology") is None
+    assert graphs.get_options(["a chip of a topology"]) is None
 
 
 def test_where_recording_fails_training_goes_on_without(on_gpu, monkeypatch):
     monkeypatch.setattr(graphs, "RECORDED", "FUSION,WISHES")
     with pytest.warns(UserWarning, match="without convolutions in CUDA graphs: .*WISHES"):
-        assert graphs.get_options(jax.devices()[0]) is None
+        assert graphs.get_options(jax.devices()[:1]) is None
 
 
-def test_every_device_of_the_process_is_tried():
-    gradients = graphs._convolve({})
-    for gradient in gradients:
-        assert gradient.sharding.device_set == set(jax.local_devices())
-        first, *others = np.asarray(gradient, np.float32)
-        assert first.any() and len(others) == 7
-        assert all(np.array_equal(first, other) for other in others)
+def test_each_device_of_the_program_is_tried_and_no_other(on_gpu, monkeypatch):
+    tried, convolve = [], graphs._convolve
+
+    def spy(devices, options):
+        gradients = convolve(devices, options)
+        tried.append(gradients[0].sharding.device_set)
+        for gradient in gradients:
+            first, *others = np.asarray(gradient, np.float32)
+            assert first.any() and len(others) == len(devices) - 1
+            assert all(np.array_equal(first, other) for other in others)
+        return gradients
+
+    monkeypatch.setattr(graphs, "_convolve", spy)
+    some = jax.devices()[2:5]
+    for _ in range(2):
+        assert graphs.get_options([*reversed(some), "of another process"])
+    assert tried == 3 * [set(some)]
+    assert graphs.get_options(sharding.get_mesh().devices.flat)
+    assert tried[3:] == 3 * [set(jax.devices())]
 
 
 # A function's jit.
@@ -65,8 +77,8 @@ def asked(monkeypatch):
     """The devices that options were asked for; a CPU's compiler knows those of the answers."""
     devices = []
 
-    def get_options(device):
-        devices.append(device)
+    def get_options(found):
+        devices.extend(found)
         return {graphs.FLAG: graphs.RECORDED}
 
     monkeypatch.setattr(graphs, "get_options", get_options)
@@ -76,7 +88,7 @@ def asked(monkeypatch):
 def test_the_compiler_gets_the_options_of_a_call_and_of_lower(monkeypatch):
     double = graphs.RecordedJit(lambda x: 2 * x)
     assert double(3) == 6 and double.lower(3).compile()(4) == 8
-    monkeypatch.setattr(graphs, "get_options", lambda device: {"xla_wish": True})
+    monkeypatch.setattr(graphs, "get_options", lambda devices: {"xla_wish": True})
     for run in (double, lambda x: double.lower(x).compile()):
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_wish"):
             run(3)

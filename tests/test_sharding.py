@@ -245,27 +245,41 @@ class SliceDevice(types.SimpleNamespace):
         return self.id
 
     def __eq__(self, other):
-        return self.id == other.id
+        return isinstance(other, SliceDevice) and self.id == other.id
 
 
-def get_slices(slices=2, size=4):
+def get_slices(platform):
+    """Two slices of four."""
     return [
         SliceDevice(
-            id=i, slice_index=i // size, process_index=i // size, platform="gpu", device_kind="GPU"
+            id=i,
+            slice_index=i // 4,
+            process_index=i // 4,
+            platform=platform,
+            device_kind="a chip",
+            coords=(i % 4 // 2, i % 2, 0),
+            core_on_chip=0,
         )
-        for i in range(slices * size)
+        for i in range(8)
     ]
 
 
 def test_only_the_data_axis_crosses_slices(monkeypatch):
     monkeypatch.setattr(sharding, "Mesh", lambda grid, names, axis_types: grid)
-    grid = sharding.get_mesh("data=4,fsdp=2", get_slices())
+    grid = sharding.get_mesh("data=4,fsdp=2", get_slices("tpu"))
     slices = np.vectorize(lambda device: device.slice_index)(grid)
     assert slices.shape == (4, 2)
     assert np.all(slices[:, 0] == slices[:, 1]) and set(slices[:, 0]) == {0, 1}
     assert sorted(device.id for device in grid.flat) == list(range(8))
     with pytest.raises(ValueError, match="has 1 parts of the data for 2 slices"):
-        sharding.get_mesh("fsdp", get_slices())
+        sharding.get_mesh("fsdp", get_slices("tpu"))
+
+
+def test_on_gpus_fsdp_crosses_hosts_which_jax_calls_slices(monkeypatch):
+    monkeypatch.setattr(sharding, "Mesh", lambda grid, names, axis_types: grid)
+    for layout, shape in {"fsdp": (1, 8), "data,fsdp=4": (2, 4), "data=4,fsdp=2": (4, 2)}.items():
+        grid = sharding.get_mesh(layout, get_slices("gpu"))
+        assert grid.shape == shape and [device.id for device in grid.flat] == list(range(8))
 
 
 @pytest.mark.parametrize(
