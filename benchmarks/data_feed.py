@@ -129,7 +129,7 @@ def read_files(folder: Path, seconds: float) -> float:
     return done / (time.perf_counter() - start)
 
 
-def measure_one(folder: Path, batch_size: int, seconds: float, epoch: bool) -> dict:
+def measure_one(folder: Path, batch_size: int, seconds: float) -> dict:
     """All figures of one reading process."""
     batches = max(open_cache(folder).num_examples() // batch_size, 1)
 
@@ -151,8 +151,7 @@ def measure_one(folder: Path, batch_size: int, seconds: float, epoch: bool) -> d
     around = range(max(border - 32, 0), border + 32)
     read(around, cold=False)  # The pages come in.
     found["window"] = read(around, cold=False).rate
-    if epoch:
-        found["epoch"] = read(range(batches), cold=True, seconds=math.inf).rate
+    found["epoch"] = read(range(batches), cold=True, seconds=math.inf).rate
     return found | read_memory()
 
 
@@ -175,14 +174,14 @@ def measure_host(
 
 
 def measure_cache(
-    folder: Path, batch_size: int = 1024, seconds: float = 4.0, epoch: bool = True, hosts: int = 2
+    folder: Path, batch_size: int = 1024, seconds: float = 4.0, hosts: int = 2
 ) -> dict[str, float]:
     """Figures of a cache by the names in this file's first lines, each process a fresh one."""
     context = multiprocessing.get_context("spawn")
     files = [path.stat().st_size for path in folder.iterdir()]
     found = {"records": sum(open_cache(folder).manifest["counts"].values()), "bytes": sum(files)}
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        found |= pool.submit(measure_one, folder, batch_size, seconds, epoch).result()
+        found |= pool.submit(measure_one, folder, batch_size, seconds).result()
     # The same batches cold and warm, as many as the slowest host read.
     drop_pages(folder)
     batches, limit = range(max(open_cache(folder).num_examples() // batch_size, 1)), seconds
@@ -206,7 +205,7 @@ def format_row(found: dict[str, float]) -> str:
     """One line of the table."""
 
     def thousands(name: str) -> str:
-        return f"{found[name] / 1e3:.0f} k" if name in found else ""
+        return f"{found[name] / 1e3:.0f} k"
 
     cells = [
         f"{found['records']:,}".replace(",", " "),

@@ -1,4 +1,4 @@
-"""The PyTorch peers of our benchmarks: a TorchUNet => callables that train, sample and decode.
+"""The PyTorch peers of our benchmarks: a TorchUNet => callables that train and sample.
 
 On CUDA they do what a good user of PyTorch does: channels_last maps, float32 weights under bfloat16
 autocast, fused attention and Adam, torch.compile, CUDA graphs. No callable waits for the device;
@@ -13,10 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.torch_unet import TorchUNet, load_jax_variables
+from benchmarks.torch_unet import TorchUNet
 from ldm_jax.sampler import get_noise_levels
-
-__all__ = ["TorchUNet", "load_jax_variables", "make_decoder", "make_sampler", "make_train_step"]
 
 MODES = ("eager", "compile")
 LABEL_DROPOUT, EMA_DECAY, LEARNING_RATE = 0.15, 0.999, 3e-4
@@ -142,61 +140,6 @@ def make_sampler(
         return x_zero.clone()
 
     return sample
-
-
-def make_decoder(
-    num: int,
-    mode: str = "eager",
-    *,
-    device: str | torch.device = "cuda",
-    dtype: torch.dtype = torch.bfloat16,
-    memory_format: torch.memory_format = torch.channels_last,
-    latent_image_size: int = 16,
-    widths: tuple[int, ...] = (128, 256, 512, 512),
-    layers: int = 2,
-) -> Callable[..., Tensor]:
-    """decode(latents=...) => images (num, H, W, 3), uint8, by the Stable Diffusion VAE's network.
-
-    Its weights are random. Latents (num, 4, h, w) are fixed synthetic ones unless given.
-
-    Args:
-        num: images of a call.
-        mode: "eager", or "compile": one CUDA graph (mode="reduce-overhead").
-        device: of the weights and the images.
-        dtype: of weights and computation.
-        memory_format: of weights and maps; eager group norms on CUDA copy channels_last ones.
-        latent_image_size: h = w.
-        widths: channels of the VAE's stages.
-        layers: residual blocks of a stage.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=widths,
-        layers_per_block=layers,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
-    )
-    vae = nn.Module.to(vae, device, dtype, memory_format=memory_format)  # Its own would warn.
-    vae.eval().requires_grad_(False)
-    prepare(vae, mode)
-    fixed = torch.randn(num, 4, latent_image_size, latent_image_size, device=device)
-
-    def decode_latents(latents: Tensor) -> Tensor:
-        latents = latents.to(dtype, memory_format=memory_format)
-        images = vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
-        return ((images + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-    if mode == "compile":
-        decode_latents = torch.compile(decode_latents, mode="reduce-overhead")
-
-    @torch.no_grad()
-    def decode(latents: Tensor = fixed) -> Tensor:
-        torch.compiler.cudagraph_mark_step_begin()
-        return decode_latents(latents).clone()
-
-    return decode
 
 
 def prepare(model: nn.Module, mode: str) -> torch.device:

@@ -22,7 +22,7 @@ def get_config():
     config.data.source = "folder"  # emoji, folder or npy
     config.data.path = ""
     config.data.cache = ""
-    config.data.styles = ()  # of the emoji source; empty: all
+    config.data.styles = ()  # of the emoji source; empty: all but openmoji
     config.data.skin_tones = False  # of the emoji source: train on toned pictures too
     config.data.image_size = 128
     config.encoders = ConfigDict()

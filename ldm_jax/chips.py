@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """By the makers' data sheets: dense bfloat16 FLOP/s, bytes, bytes/s, bytes/s one way.
+    """By the makers' data sheets: dense bfloat16 FLOP/s, bytes, and bytes/s one way.
 
     `links` is what a chip sends to its neighbours at once; `network` what it sends to other slices
     of a pod (TPU) or other hosts (GPU, which hold eight).
@@ -14,19 +14,18 @@ class Chip(NamedTuple):
 
     flops: float
     memory: float
-    memory_rate: float
     links: float
     network: float
 
 
 CHIPS = {
-    "v4": Chip(275e12, 32e9, 1.23e12, 135e9, 6e9),
-    "v5e": Chip(197e12, 16e9, 0.82e12, 90e9, 6e9),
-    "v5p": Chip(459e12, 95e9, 2.77e12, 270e9, 6e9),
-    "v6e": Chip(918e12, 32e9, 1.64e12, 180e9, 12e9),
-    "h100": Chip(989e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h200": Chip(989e12, 141e9, 4.80e12, 450e9, 50e9),
-    "a100": Chip(312e12, 80e9, 2.04e12, 300e9, 25e9),
+    "v4": Chip(275e12, 32e9, 135e9, 6e9),
+    "v5e": Chip(197e12, 16e9, 90e9, 6e9),
+    "v5p": Chip(459e12, 95e9, 270e9, 6e9),
+    "v6e": Chip(918e12, 32e9, 180e9, 12e9),
+    "h100": Chip(989e12, 80e9, 450e9, 50e9),
+    "h200": Chip(989e12, 141e9, 450e9, 50e9),
+    "a100": Chip(312e12, 80e9, 300e9, 25e9),
 }
 # Names of chips as JAX reports them. Slower ones of the same family (PCIe, NVL) are not these.
 DEVICE_KINDS = {

@@ -43,21 +43,16 @@ def draw_examples(
     vae: VAE,
     examples: np.ndarray,
     picture_seeds: np.ndarray,
-    batch_size: int = 16,
-    **overrides,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Draws the examples' captions, from the text embeddings that the cache holds.
 
     A CPU computes in float32, whatever the model's dtype: it has no fast bfloat16.
-
-    Args:
-        overrides: sampler settings to put in the place of the model's.
     """
     denoiser = in_float32_on_cpu(model.denoiser)
-    diffuser = sampler.get_diffuser(denoiser, **(model.meta["sampling"] | overrides))
+    diffuser = sampler.get_diffuser(denoiser, **model.meta["sampling"])
     labels = cache.take(examples)["text_embeddings"]
     shape = cache.latent_shape
-    latents = draw_latents(diffuser, labels, picture_seeds, shape, batch_size, progress=True)
+    latents = draw_latents(diffuser, labels, picture_seeds, shape, progress=True)
     return vae.decode(np.asarray(model.scale.restore(jnp.asarray(latents))), as_bytes=True)
 
 

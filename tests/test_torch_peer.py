@@ -11,7 +11,6 @@ import torch
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from benchmarks import torch_peer, torch_unet
-from benchmarks.end_to_end import create_vae
 from benchmarks.torch_unet import TorchUNet, load_jax_variables, to_torch
 from ldm_jax.sampler import Denoiser, dynamic_thresholding, get_diffuser
 from ldm_jax.unet import get_network
@@ -232,18 +231,6 @@ def test_compilation_makes_one_graph_of_a_step_and_changes_nothing(case, model, 
     step = torch_peer.make_train_step(model, 2, "compile")
     assert np.isfinite([step().item() for _ in range(3)]).all()
     assert len(graphs) == 2
-
-
-def test_the_decoder_gives_the_bytes_of_our_bridge(tmp_path):
-    ours = create_vae(tmp_path, (32, 32, 32), "float32")
-    decode = torch_peer.make_decoder(
-        2, device="cpu", dtype=torch.float32, latent_image_size=4, widths=(32, 32, 32)
-    )
-    latents = torch.randn(2, 4, 4, 4)
-    images, expected = decode(latents).numpy(), ours.decode(to_nhwc(latents), as_bytes=True)
-    assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8 and images.std() > 1
-    assert np.abs(images.astype(int) - expected).max() <= 1  # Another order of additions.
-    assert torch.equal(decode(), decode())
 
 
 def test_wrong_arguments_say_what_is_needed(case):
