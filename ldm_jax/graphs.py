@@ -26,7 +26,7 @@ def get_options(devices: Iterable[Any]) -> dict[str, str] | None:
     job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
 
     Args:
-        devices: those that the program is for; what is tried is tried on all that this process has.
+        devices: those that the program is for; those of this process are tried.
     """
     if FLAG in os.environ.get("XLA_FLAGS", "") or jax.default_backend() != "gpu":
         return None
