@@ -38,6 +38,7 @@ from ldm_jax.order import order_epoch
 
 BLOCK = 4096
 LATENT_SHAPE, EMBEDDING_SIZE = (16, 16, 4), 512
+HOSTS = 2  # that read one cache side by side
 
 
 def mark_rows(array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
@@ -173,9 +174,7 @@ def measure_host(
     return read_batches(cache, batches, batch_size, seconds, rows)
 
 
-def measure_cache(
-    folder: Path, batch_size: int = 1024, seconds: float = 4.0, hosts: int = 2
-) -> dict[str, float]:
+def measure_cache(folder: Path, batch_size: int, seconds: float) -> dict[str, float]:
     """Figures of a cache by the names in this file's first lines, each process a fresh one."""
     context = multiprocessing.get_context("spawn")
     files = [path.stat().st_size for path in folder.iterdir()]
@@ -187,13 +186,13 @@ def measure_cache(
     batches, limit = range(max(open_cache(folder).num_examples() // batch_size, 1)), seconds
     with context.Manager() as manager:
         for name in ("hosts_cold", "hosts_warm"):
-            barrier = manager.Barrier(hosts)
-            with concurrent.futures.ProcessPoolExecutor(hosts, context) as pool:
+            barrier = manager.Barrier(HOSTS)
+            with concurrent.futures.ProcessPoolExecutor(HOSTS, context) as pool:
                 runs = [
                     pool.submit(
-                        measure_host, folder, batches, batch_size, limit, host, hosts, barrier
+                        measure_host, folder, batches, batch_size, limit, host, HOSTS, barrier
                     )
-                    for host in range(hosts)
+                    for host in range(HOSTS)
                 ]
                 read = [run.result() for run in runs]
             found[name] = sum(reading.rate for reading in read)

@@ -186,11 +186,11 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
         mesh: where the state lives as `get_shardings` says; None leaves it to XLA.
         parallelism: "jit" or "pmap".
     """
+    if mesh is not None and parallelism == "pmap":
+        return _pmap_step(step, mesh)
     options = graphs.get_options(jax.devices()[:1] if mesh is None else mesh.devices.flat)
     if mesh is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
-    if parallelism == "pmap":
-        return _pmap_step(step, mesh)
 
     def step_in_place(state, rng, batch):
         state, metrics = step(state, rng, batch)

@@ -57,14 +57,20 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(tmp_path, monkeypatc
         "sampling.diffusion_steps": 3,
         "captions": ("thing 1, flat",),
     }
-    rows = ablation.Row("tiny", tiny), ablation.Row("strong", {"sampling.class_guidance": 9.0})
+    rows = (
+        ablation.Row("tiny", tiny),
+        ablation.Row("strong", {"sampling.class_guidance": 9.0}),
+        ablation.Row("group norm", {"network.norm": "group"}),
+    )
     monkeypatch.setattr(ablation, "ROWS", rows)
     out = tmp_path / "out"
     settings = {"captions_per_group": 6, "batch_size": 8, "progress": False}
     ablation.run_row(0, out, 0.02, 8, **settings)
     run = ablation.get_folder(out, 0) / "run"
-    steps = json.loads((run / "config.json").read_text())["steps"]
-    assert steps >= 8 and (run / "checkpoints" / str(steps)).is_dir()
+    written = json.loads((run / "config.json").read_text())
+    steps = written["steps"]
+    assert steps >= 8 and written["network"]["norm"] == "batch"
+    assert (run / "checkpoints" / str(steps)).is_dir()
 
     # Another sampler draws with the same weights.
     monkeypatch.setattr(ablation, "count_steps", None)
