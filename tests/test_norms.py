@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from ldm_jax.forecast import count_messages
 from ldm_jax.norms import BatchNorm, Dropout, batch_places, get_norm, sample_keys
 from ldm_jax.sharding import AXES, get_mesh
 
@@ -103,6 +104,36 @@ def test_the_batch_norm_of_a_spread_batch_has_the_statistics_of_the_whole(masked
     np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-3), atol=1e-5)
     np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * mean, rtol=1e-5)
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
+
+
+def test_a_spread_batch_norm_keeps_its_digits_far_from_zero():
+    # Means of a thousand deviations: squares alone, in float32, would leave none of the variance.
+    x = 1000 + draw(16, 5, 6) + np.arange(16, dtype=np.float32)[:, None, None] / 8
+    layer = BatchNorm(use_running_average=False, axis_name=AXES)
+    stats = {"mean": np.full(6, 999, np.float32), "var": np.ones(6, np.float32)}
+    apply = partial(layer.apply, mutable=["batch_stats"])
+    variables = layer.init(jax.random.key(0), x) | {"batch_stats": stats}
+    y, _ = spread(apply)(variables, x)
+    expected = x.astype(np.float64) - x.mean((0, 1), dtype=np.float64)
+    expected /= np.sqrt(x.var((0, 1), dtype=np.float64) + 1e-3)
+    np.testing.assert_allclose(y, expected, atol=1e-3)
+
+
+def test_the_devices_of_a_batch_norm_wait_for_each_other_once_in_either_direction():
+    x = draw(16, 4, 4, 6)
+    layer = BatchNorm(False, use_scale=False, use_bias=False, axis_name=AXES)
+    variables = layer.init(jax.random.key(0), x)
+
+    def forward(variables, x):
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    def backward(variables, x):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(forward(variables, x)[0])))(x)
+        return gradient, jnp.zeros(())
+
+    for function, messages in ((forward, 1), (backward, 2)):
+        text = spread(function).lower(variables, x).compile().as_text()
+        assert sum(message.count for message in count_messages(text)) == messages
 
 
 def test_the_batch_norm_is_linens_where_there_is_no_mask():
