@@ -20,6 +20,7 @@ from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
 from ldm_jax.schedules import SCHEDULES
 from ldm_jax.solvers import METHODS
+from ldm_jax.spreading import spread
 from ldm_jax.text import check_parts, check_prompt, load_text_encoder
 
 # Flags => arguments of `get_diffuser`.
@@ -92,11 +93,11 @@ def sample(
     noise = sampler.sample_seeds(picture_seeds, tuple(model.meta["latent_shape"]))
     keys = sampler.get_picture_keys(picture_seeds)
 
-    images = []
+    draw, images = spread(diffuser), []
     for i in range(0, len(captions), batch_size):
         part = slice(i, i + batch_size)
         negative = None if negative_labels is None else negative_labels[part]
-        latents = diffuser.reverse_diffusion(noise[part], labels[part], negative, keys[part])
+        latents = draw(noise[part], labels[part], negative, keys[part])
         images.append(vae.decode(np.asarray(model.scale.restore(latents)), as_bytes=True))
     images = np.concatenate(images)
 

@@ -39,12 +39,12 @@ def start_processes(commands, devices=8, **variables):
     ]
 
 
-def run_processes(commands, devices=8, timeout=120, **variables):
+def run_processes(commands, devices=8, timeout=300, **variables):
     """Exit code and output of each command; see `start_processes`."""
     return finish_processes(start_processes(commands, devices, **variables), timeout)
 
 
-def finish_processes(processes, timeout=120):
+def finish_processes(processes, timeout=300):
     """Exit code and output of each process. None is left running, whatever happens."""
     try:
         # All are read at once: one whose pipe is full would stop, and the others wait for it.

@@ -2,7 +2,7 @@
 
 The part `sample` of benchmarks/scaling.py. Noise and labels are split over the devices, weights
 replicated. The way "jit" leaves the rest to XLA, which may gather what it need not; under
-"shard_map" each device draws its own pictures alone.
+"shard_map" each device draws its own pictures alone, as the doors do (ldm_jax/spreading.py).
 """
 
 import argparse
@@ -10,12 +10,13 @@ from functools import partial
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from benchmarks import timing
 from benchmarks.sampling import Sampler
-from ldm_jax import graphs, sharding
+from ldm_jax import sharding
 from ldm_jax.sampler import Diffuser, sample_seeds
+from ldm_jax.spreading import get_loop
 
 WAYS = "jit", "shard_map"
 
@@ -30,21 +31,6 @@ def spread_noise(mesh: Mesh, num: int, latent_shape: tuple[int, ...]) -> jax.Arr
     return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 
-def get_loop(mesh: Mesh, way: str):
-    """(diffuser, noise, labels) => latents, jitted."""
-    if way == "jit":
-        return Diffuser.reverse_diffusion
-    split = PartitionSpec(sharding.AXES)
-    loop = jax.shard_map(
-        Diffuser.reverse_diffusion,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), split, split),
-        out_specs=split,
-        check_vma=False,  # The loop starts from zeros, which are alike on all devices.
-    )
-    return graphs.RecordedJit(loop)
-
-
 def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
     """A row for each number of devices and way; the others are compared with the first."""
     sampler, num = Sampler(fields, options.steps), options.pictures
@@ -56,9 +42,12 @@ def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> No
             jax.device_put(sampler.create_diffuser(), sharding.replicated(mesh)),
             spread_noise(mesh, num, sampler.shapes[0]),
             jax.device_put(labels, sharding.batch_sharding(mesh)),
+            None,  # No negative prompt and no noise on the way.
+            None,
         )
+        loops = {"jit": Diffuser.reverse_diffusion, "shard_map": get_loop(mesh)}
         for way in WAYS if devices > 1 else WAYS[:1]:
-            programs[devices, way] = partial(get_loop(mesh, way).lower, *inputs[devices])
+            programs[devices, way] = partial(loops[way].lower, *inputs[devices])
     compiled = timing.compile_all(programs)
     efficiency, reference = timing.Efficiency(), None
 

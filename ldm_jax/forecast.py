@@ -209,8 +209,9 @@ def count_messages(text: str) -> list[Message]:
         if group == 1:
             continue  # Nobody to talk to.
         arrays = [(m["dtype"], _count_bytes(m)) for m in ARRAY.finditer(found["shape"])]
-        if "-start(" in line and found["kind"] != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :]  # Operands first, results after them.
+        in_halves = found["kind"] != "all-reduce" or found["shape"].startswith("((")
+        if "-start(" in line and in_halves:  # Operands first, results after them.
+            arrays = arrays[len(arrays) // 2 :]
         dtypes = sorted({dtype for dtype, _ in arrays})
         total = counts.setdefault((found["kind"], "+".join(dtypes), group), [0, 0])
         total[0] += 1
@@ -267,7 +268,13 @@ def _get_group(rest: str) -> int:
     if found:
         return int(found[1])
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    return len(found[1].split(",")) if found else 0
+    if found:
+        return len(found[1].split(","))
+    found = re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest)
+    if not found:
+        return 0
+    sizes = dict(axis.split("=") for axis in found[1].split(","))
+    return math.prod(int(sizes[axis]) for axis in found[2].split(","))
 
 
 def _read_needed(error: str) -> float:

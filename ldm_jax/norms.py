@@ -161,7 +161,7 @@ def _normalise_backward(epsilon, axis_name, saved, cotangents):
     d_scale = None if scale is None else sum_v_dy
     d_bias = None if bias is None else sum_dy
     if axis_name is not None:
-        sum_dy, sum_v_dy = jax.lax.psum((sum_dy, sum_v_dy), axis_name)
+        sum_dy, sum_v_dy = jax.lax.psum(jnp.stack([sum_dy, sum_v_dy]), axis_name)
     through_statistics = _affine(normalised, 0.0, sum_v_dy / count, None, sum_dy / count)
     if mask is not None:
         through_statistics = jnp.where(mask, through_statistics, 0)
@@ -202,8 +202,8 @@ def _statistics(x, mask, near, axis_name):
     if axis_name is not None:
         squares += (shift - near) * (2 * total + count * (shift - near))
         total += count * (shift - near)
-        total, squares, count = jax.lax.psum((total, squares, count), axis_name)
-        shift = near
+        total, squares = jax.lax.psum(jnp.stack([total, squares]), axis_name)
+        count, shift = jax.lax.psum(count, axis_name), near
     mean = shift + total / count
     deviations = squares - total * (total / count)
     return mean, jnp.maximum(deviations, 0) / count, count

@@ -25,6 +25,7 @@ from ldm_jax.metrics import (
     to_unit,
 )
 from ldm_jax.pictures import Picture, load_picture
+from ldm_jax.spreading import spread
 from ldm_jax.text import load_text_encoder
 
 GROUPS = {
@@ -164,12 +165,12 @@ def draw_latents(
     progress: bool = False,
 ) -> Float[np.ndarray, "n h w c"]:
     """Latents in [-1, 1] for text embeddings; the last batch is filled up, to compile one shape."""
-    latents = []
+    draw, latents = spread(diffuser), []
     for i in tqdm(range(0, len(labels), batch_size), desc="drawing", disable=not progress):
         rows = np.minimum(np.arange(i, i + batch_size), len(labels) - 1)
         noise = np.asarray(sampler.sample_seeds(seeds[rows], latent_shape))
         keys = sampler.get_picture_keys(seeds[rows])
-        latents.append(np.asarray(diffuser.reverse_diffusion(noise, labels[rows], keys=keys)))
+        latents.append(np.asarray(draw(noise, labels[rows], keys=keys)))
     return np.concatenate(latents)[: len(labels)]
 
 

@@ -6,12 +6,14 @@ large weight, of its averages and of the optimizer's moments, and the weights ar
 length of a step. What crosses the network is written out here, so that its dtype is chosen.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -22,6 +24,7 @@ AXES = ("data", "fsdp")
 METHODS = ("jit", "pmap")
 REDUCE_DTYPES = ("float32", "bfloat16")
 MIN_SHARDED = 4096  # Elements; a smaller array costs more as a message than as a copy.
+BUCKET_BYTES = 30_000_000  # Of gradients in a message.
 
 
 def parse_layout(layout: str, devices: int) -> tuple[int, int]:
@@ -160,8 +163,8 @@ def get_gradients(
     def on_device(specs, params, batch_stats, rng, batch):
         weights = jax.tree.map(partial(_gather, axes=axes), params, specs)
         (loss, batch_stats), grads = value_and_grad(weights, batch_stats, rng, batch)
-        mean = partial(_reduce_mean, axes=axes, devices=mesh.size, dtype=reduce_dtype)
-        return (jax.lax.pmean(loss, axes), batch_stats), jax.tree.map(mean, grads, specs)
+        grads = _reduce_means(grads, specs, mesh, axes, reduce_dtype)
+        return (jax.lax.pmean(loss, axes), batch_stats), grads
 
     def gradients(params, batch_stats, rng, batch):
         specs = jax.tree.map(lambda x: get_spec(mesh, x.shape), params)
@@ -237,14 +240,50 @@ def _gather(weight, spec, *, axes):
     return jax.lax.pcast(weight, ("data",) if spec else axes, to="varying")
 
 
-def _reduce_mean(gradient, spec, *, axes, devices, dtype):
-    """This device's part of the mean over all devices, added up in `dtype`."""
-    total = gradient.astype(dtype)
-    if spec:
-        part = {"scatter_dimension": len(spec) - 1, "tiled": True}
-        total = jax.lax.psum_scatter(total, "fsdp", **part)
-    total = jax.lax.psum(total, ("data",) if spec else axes)
-    return total.astype(gradient.dtype) / devices
+def _reduce_means(grads, specs, mesh, axes, dtype):
+    """This device's parts of the means over all devices, added up in `dtype`.
+
+    They travel in buckets (Li et al. 2020, PyTorch Distributed), those of the last layers first.
+    XLA for GPUs packs messages too, but after it has fused everything else, so that each gradient
+    is then copied out by a kernel of its own; out of these buckets, Adam reads them.
+    """
+    leaves, tree = jax.tree.flatten(grads)
+    dtypes = [leaf.dtype for leaf in leaves]
+    leaves = [(leaf / mesh.size).astype(dtype) for leaf in leaves]
+    groups: dict[tuple, list[int]] = {}
+    for i, spec in enumerate(tree.flatten_up_to(specs)):
+        if spec:
+            part = {"scatter_dimension": len(spec) - 1, "tiled": True}
+            leaves[i] = jax.lax.psum_scatter(leaves[i], "fsdp", **part)
+        groups.setdefault(("data",) if spec else axes, []).append(i)
+    for over, members in groups.items():
+        sizes = [leaves[i].nbytes for i in members]
+        for bucket in _fill_buckets(sizes, _bucket_bytes(mesh, over)):
+            chosen = [members[k] for k in bucket]
+            flat = jnp.concatenate([leaves[i].ravel() for i in chosen])
+            ends = list(itertools.accumulate(leaves[i].size for i in chosen))
+            parts = jnp.split(jax.lax.psum(flat, over), ends[:-1])
+            for i, part in zip(chosen, parts, strict=True):
+                leaves[i] = part.reshape(leaves[i].shape)
+    return tree.unflatten([leaf.astype(old) for leaf, old in zip(leaves, dtypes, strict=True)])
+
+
+def _bucket_bytes(mesh, axes):
+    """0, a message for each gradient, where nobody listens, and on TPUs, whose XLA packs well."""
+    alone = math.prod(mesh.shape[axis] for axis in axes) == 1
+    return 0 if alone or mesh.devices.flat[0].platform == "tpu" else BUCKET_BYTES
+
+
+def _fill_buckets(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Places from the last to the first, in buckets that hold up to `most` or a single one."""
+    buckets, held = [], 0
+    for place in reversed(range(len(sizes))):
+        if not buckets or held + sizes[place] > most:
+            buckets.append([])
+            held = 0
+        buckets[-1].append(place)
+        held += sizes[place]
+    return buckets
 
 
 def describe_shardings(tree: Any) -> str:

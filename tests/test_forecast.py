@@ -40,6 +40,8 @@ PROGRAM = """
   %g = f32[8]{0} all-gather-done(%e)
   %h = f32[3]{0} all-reduce(%i), channel_id=5, replica_groups={{0},{1}}, to_apply=%add
   %j = f32[5]{0} reduce-scatter(%k), channel_id=6, dimensions={0}, to_apply=%add
+  %l = ((f32[9]{0}), f32[9]{0}) all-reduce-start(%m), replica_groups=mesh['a'=2,'b'=3] {'a','b'}
+  %n = f32[7]{0} all-reduce-start(%o), replica_groups=mesh['a'=2,'b'=3] {'b'}, to_apply=%add
 """
 
 
@@ -47,7 +49,9 @@ def test_messages_are_counted_by_kind_dtype_and_group():
     assert count_messages(PROGRAM) == [
         Message("all-gather", "f32", 2, 2, 2 * 64 * 4),
         Message("all-reduce", "bf16+f32", 4, 1, 8 * 4 * 4 + 16 * 2 + 2 * 4),
+        Message("all-reduce", "f32", 6, 1, 9 * 4),
         Message("all-gather", "f32", 8, 1, 8 * 4),
+        Message("all-reduce", "f32", 3, 1, 7 * 4),
         Message("reduce-scatter", "f32", 0, 1, 5 * 4),
     ]
 

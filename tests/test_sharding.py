@@ -1,6 +1,7 @@
 """Eight virtual devices give the numbers of one, however the state is spread over them."""
 
 import types
+from functools import partial
 
 import chex
 import jax
@@ -172,11 +173,47 @@ def test_gradients_are_added_up_in_the_dtype_that_was_chosen(
     text = compiled_step(layout, reduce_dtype)
     assert "tensor<8x128xbf16>" in text
     bodies = text.split(f"stablehlo.{operation}")[1:]
-    large = [body.split("\n    }")[0] for body in bodies if "128xbf16" in body or "128xf32" in body]
-    assert len(large) >= 1
     results = [body.split("->")[1].split("\n")[0] for body in bodies if "->" in body]
-    weights = [result for result in results if "128x" in result]
-    assert len(weights) == 1 and f"x{short}>" in weights[0]
+    shape = f"{128 * 128}" if layout == "data" else "128x16"  # In a bucket; or this device's part.
+    assert [short for result in results if f"<{shape}x" in result] == [short]
+    assert f"<{shape}x{short}>" in "".join(results)
+
+
+@pytest.mark.parametrize(
+    "sizes, most, buckets",
+    [
+        ([4, 3, 2, 1], 5, [[3, 2], [1], [0]]),
+        ([4, 3, 2, 1], 10, [[3, 2, 1, 0]]),
+        ([4, 30, 2], 5, [[2], [1], [0]]),
+        ([4, 3], 0, [[1], [0]]),
+        ([], 5, []),
+    ],
+)
+def test_buckets_are_filled_from_the_last_gradient_on(sizes, most, buckets):
+    assert sharding._fill_buckets(sizes, most) == buckets
+
+
+@pytest.mark.parametrize("layout", ["data", "data=2,fsdp=4"])
+def test_gradients_in_buckets_are_those_of_one_device(layout, monkeypatch):
+    shapes = {"a": (128, 64), "b": (64,), "c": (3, 5), "d": ()}  # With FSDP, the first is split.
+    rng = np.random.default_rng(0)
+    params = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    batch = {"x": rng.standard_normal((16, 128), np.float32)}
+
+    def loss_fn(params, batch_stats, rng, batch):
+        y = jnp.sin(batch["x"] @ params["a"]) * params["b"][None] + params["d"]
+        return jnp.mean(jnp.square(y)) * jnp.sum(jnp.square(params["c"])), batch_stats
+
+    expected = jax.grad(lambda params: loss_fn(params, {}, None, batch)[0])(params)
+    mesh = sharding.get_mesh(layout)
+    together = 1 if layout == "data" else 2  # What is split goes another way.
+    for most, messages in ((0, 4), (400, 2), (10**6, together)):  # b, c and d are 320 bytes.
+        monkeypatch.setattr(sharding, "BUCKET_BYTES", most)
+        run = jax.jit(sharding.get_gradients(get_value_and_grad(loss_fn), mesh))
+        text = run.lower(params, {}, jax.random.key(0), batch).as_text()
+        assert text.count("stablehlo.all_reduce") == messages + 1  # The loss.
+        _, grads = run(params, {}, jax.random.key(0), shard_batch(mesh, batch))
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, expected)
 
 
 def test_a_sum_in_bfloat16_is_rounded_and_one_in_float32_is_not():

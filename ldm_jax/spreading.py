@@ -1,0 +1,75 @@
+"""Pictures spread over the devices of a process: each draws its own, and none waits for another."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from ldm_jax import graphs, sharding
+from ldm_jax.sampler import Diffuser
+
+
+def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable:
+    """draw(seeds, labels, negative_labels, keys) -> latents, as `Diffuser.reverse_diffusion`.
+
+    Each device holds the weights and draws its share of the pictures; a number that does not divide
+    is filled up with the last picture. Pictures are the same on any number of devices, to rounding.
+
+    Args:
+        diffuser: whose weights are copied to the devices, once.
+        devices: by default this machine's GPUs or TPU cores; on a CPU one, since its virtual
+            devices share the cores, and `reverse_diffusion` itself in a job of several processes,
+            whose weights lie on the devices of all.
+
+    Raises:
+        ValueError: by `draw`, if the numbers of seeds, labels and keys differ.
+    """
+    if devices is None:
+        alone = jax.default_backend() == "cpu" or jax.process_count() > 1
+        devices = jax.devices()[: 1 if alone else None]
+    if len(devices) == 1:
+        return diffuser.reverse_diffusion
+    mesh = sharding.get_mesh("data", devices)
+    diffuser = jax.device_put(diffuser, sharding.replicated(mesh))
+
+    def draw(seeds, labels, negative_labels=None, keys=None):
+        arrays = seeds, labels, negative_labels, keys
+        numbers = [len(array) for array in arrays if array is not None]
+        if len(set(numbers)) > 1:
+            raise ValueError(f"got {numbers} seeds, labels and whatever else was given")
+        filled = np.arange(-(-len(seeds) // mesh.size) * mesh.size)
+        rows = np.minimum(filled, len(seeds) - 1)
+        place = sharding.batch_sharding(mesh)
+        parts = jax.tree.map(lambda array: jax.device_put(array[rows], place), arrays)
+        return get_loop(mesh)(diffuser, *parts)[: len(seeds)]
+
+    return draw
+
+
+@cache
+def get_loop(mesh: Mesh) -> graphs.RecordedJit:
+    """(diffuser, seeds, labels, negative_labels, keys) -> latents, for arrays that lie on a mesh.
+
+    Left to itself, XLA gathers whole maps where a sample's two texts are put side by side: of four
+    H200s that cost a sixth (docs/performance.md).
+
+    Args:
+        mesh: has the weights on every device; all else is split over its devices.
+    """
+    split = PartitionSpec(sharding.AXES)
+
+    def loop(diffuser, seeds, labels, negative_labels, keys):
+        return diffuser.reverse_diffusion(seeds, labels, negative_labels, keys)
+
+    return graphs.RecordedJit(
+        jax.shard_map(
+            loop,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), split, split, split, split),
+            out_specs=split,
+            check_vma=False,  # The loop starts from zeros, which are alike on all devices.
+        )
+    )
