@@ -270,11 +270,13 @@ def _get_group(rest: str) -> int:
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if found:
         return len(found[1].split(","))
-    found = re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", rest)
+    found = re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}", rest)
     if not found:
         return 0
     sizes = dict(axis.split("=") for axis in found[1].split(","))
-    return math.prod(int(sizes[axis]) for axis in found[2].split(","))
+    # 'b':(1)2 is a part of size 2 of the axis 'b'.
+    named = (axis.partition(":(") for axis in found[2].split(","))
+    return math.prod(int(part.split(")")[-1] if part else sizes[axis]) for axis, _, part in named)
 
 
 def _read_needed(error: str) -> float:

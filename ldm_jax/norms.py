@@ -190,7 +190,9 @@ def _statistics(x, mask, near, axis_name):
     In one pass: the sums are those of the distances from one position's values, since
     E[x^2] - E[x]^2 itself loses digits where the mean is large. The devices add up their sums in
     one message, moved to `near` by the formula of Chan et al. 1979: to the means of all would need
-    a second one.
+    a second one. Digits are then lost as the square of the distance from `near` over the variance
+    grows: of a new layer, whose running means are zero, 3e-5 of the variance where the mean is ten
+    deviations, none on one device.
     """
     shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
     distance = x.astype(jnp.float32) - _last_axis(x, shift)
@@ -200,6 +202,8 @@ def _statistics(x, mask, near, axis_name):
         distance, count = jnp.where(mask, distance, 0), jnp.sum(mask).astype(jnp.float32)
     total, squares = _column_sums(distance, jnp.square(distance))
     if axis_name is not None:
+        if jax.lax.psum(1, axis_name) == 1:  # Known while tracing.
+            near = jax.lax.psum(shift, axis_name)
         squares += (shift - near) * (2 * total + count * (shift - near))
         total += count * (shift - near)
         total, squares = jax.lax.psum(jnp.stack([total, squares]), axis_name)

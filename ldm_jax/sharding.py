@@ -243,7 +243,8 @@ def _gather(weight, spec, *, axes):
 def _reduce_means(grads, specs, mesh, axes, dtype):
     """This device's parts of the means over all devices, added up in `dtype`.
 
-    They travel in buckets (Li et al. 2020, PyTorch Distributed), those of the last layers first.
+    What is split over "fsdp" is scattered, each by itself. What is then summed travels in buckets
+    (Li et al. 2020, PyTorch Distributed), the gradients of the last layers first.
     XLA for GPUs packs messages too, but after it has fused everything else, so that each gradient
     is then copied out by a kernel of its own; out of these buckets, Adam reads them.
     """

@@ -16,7 +16,8 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
     """draw(seeds, labels, negative_labels, keys) -> latents, as `Diffuser.reverse_diffusion`.
 
     Each device holds the weights and draws its share of the pictures; a number that does not divide
-    is filled up with the last picture. Pictures are the same on any number of devices, to rounding.
+    is filled up with the last picture. Of fewer pictures than devices, each has a device of its
+    own. Pictures are the same on any number of devices, to rounding.
 
     Args:
         diffuser: whose weights are copied to the devices, once.
@@ -30,23 +31,28 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
     if devices is None:
         alone = jax.default_backend() == "cpu" or jax.process_count() > 1
         devices = jax.devices()[: 1 if alone else None]
-    if len(devices) == 1:
-        return diffuser.reverse_diffusion
-    mesh = sharding.get_mesh("data", devices)
-    diffuser = jax.device_put(diffuser, sharding.replicated(mesh))
+
+    @cache
+    def place(number):
+        mesh = sharding.get_mesh("data", devices[:number])
+        return mesh, jax.device_put(diffuser, sharding.replicated(mesh))
 
     def draw(seeds, labels, negative_labels=None, keys=None):
         arrays = seeds, labels, negative_labels, keys
         numbers = [len(array) for array in arrays if array is not None]
         if len(set(numbers)) > 1:
             raise ValueError(f"got {numbers} seeds, labels and whatever else was given")
-        filled = np.arange(-(-len(seeds) // mesh.size) * mesh.size)
-        rows = np.minimum(filled, len(seeds) - 1)
-        place = sharding.batch_sharding(mesh)
-        parts = jax.tree.map(lambda array: jax.device_put(array[rows], place), arrays)
-        return get_loop(mesh)(diffuser, *parts)[: len(seeds)]
+        number = min(len(devices), len(seeds))
+        if number == 1:
+            return diffuser.reverse_diffusion(*arrays)
+        mesh, placed = place(number)
+        filled = np.arange(-(-len(seeds) // number) * number)
+        rows, part = np.minimum(filled, len(seeds) - 1), sharding.batch_sharding(mesh)
+        parts = jax.tree.map(lambda array: jax.device_put(array[rows], part), arrays)
+        latents = np.asarray(get_loop(mesh)(placed, *parts))  # A device would ask all for a slice.
+        return latents[: len(seeds)]
 
-    return draw
+    return diffuser.reverse_diffusion if len(devices) == 1 else draw
 
 
 @cache

@@ -245,7 +245,8 @@ def _keep_order(value_and_grad):
     On GPUs a convolution's gradient comes in another order. Left to itself, XLA turns the weight,
     its moments and its average to that order and back, which takes as long as all of Adam. A device
     says so of its own gradients, before they are added up: of arrays that are split over devices,
-    XLA would gather the whole to put it into order.
+    XLA would gather the whole to put it into order. The barrier keeps XLA from merging Adam with
+    the kernels that these gradients come from, which would turn it to their order all the same.
     """
 
     def keep(g):

@@ -41,6 +41,7 @@ PROGRAM = """
   %h = f32[3]{0} all-reduce(%i), channel_id=5, replica_groups={{0},{1}}, to_apply=%add
   %j = f32[5]{0} reduce-scatter(%k), channel_id=6, dimensions={0}, to_apply=%add
   %l = ((f32[9]{0}), f32[9]{0}) all-reduce-start(%m), replica_groups=mesh['a'=2,'b'=3] {'a','b'}
+  %p = f32[6]{0} all-reduce(%q), replica_groups=mesh['a'=2,'b'=4], device_ids=(0) {'b':(1)2}
   %n = f32[7]{0} all-reduce-start(%o), replica_groups=mesh['a'=2,'b'=3] {'b'}, to_apply=%add
 """
 
@@ -52,6 +53,7 @@ def test_messages_are_counted_by_kind_dtype_and_group():
         Message("all-reduce", "f32", 6, 1, 9 * 4),
         Message("all-gather", "f32", 8, 1, 8 * 4),
         Message("all-reduce", "f32", 3, 1, 7 * 4),
+        Message("all-reduce", "f32", 2, 1, 6 * 4),
         Message("reduce-scatter", "f32", 0, 1, 5 * 4),
     ]
 

@@ -75,9 +75,9 @@ def test_an_unknown_norm_is_refused():
         get_norm("layer", train=False, dtype=jnp.float32)
 
 
-def spread(function, *, whole=1, layout="data=2,fsdp=4"):
+def spread(function, *, whole=1, layout="data=2,fsdp=4", devices=None):
     """`function` on eight devices; the first `whole` arguments go to each, the others in parts."""
-    mesh = get_mesh(layout)
+    mesh = get_mesh(layout, devices)
 
     def run(*arguments):
         specs = [PartitionSpec()] * whole + [PartitionSpec(AXES)] * (len(arguments) - whole)
@@ -106,7 +106,7 @@ def test_the_batch_norm_of_a_spread_batch_has_the_statistics_of_the_whole(masked
     np.testing.assert_allclose(updates["batch_stats"]["var"], 0.99 + 0.01 * var, rtol=1e-5)
 
 
-def test_a_spread_batch_norm_keeps_its_digits_far_from_zero():
+def test_a_spread_batch_norm_keeps_its_digits_near_its_running_mean():
     # Means of a thousand deviations: squares alone, in float32, would leave none of the variance.
     x = 1000 + draw(16, 5, 6) + np.arange(16, dtype=np.float32)[:, None, None] / 8
     layer = BatchNorm(use_running_average=False, axis_name=AXES)
@@ -117,6 +117,18 @@ def test_a_spread_batch_norm_keeps_its_digits_far_from_zero():
     expected = x.astype(np.float64) - x.mean((0, 1), dtype=np.float64)
     expected /= np.sqrt(x.var((0, 1), dtype=np.float64) + 1e-3)
     np.testing.assert_allclose(y, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("number, mean, tolerance", [(1, 1000, 2e-4), (8, 10, 2e-4)])
+def test_a_new_batch_norm_keeps_the_digits_that_its_docstring_says(number, mean, tolerance):
+    x = mean + draw(16, 5, 6)
+    layer = BatchNorm(use_running_average=False, axis_name=AXES)
+    apply = partial(layer.apply, mutable=["batch_stats"])
+    on_devices = spread(apply, layout="data", devices=jax.devices()[:number])
+    y, _ = on_devices(layer.init(jax.random.key(0), x), x)
+    expected = x.astype(np.float64) - x.mean((0, 1), dtype=np.float64)
+    expected /= np.sqrt(x.var((0, 1), dtype=np.float64) + 1e-3)
+    np.testing.assert_allclose(y, expected, atol=tolerance)
 
 
 def test_the_devices_of_a_batch_norm_wait_for_each_other_once_in_either_direction():
@@ -131,7 +143,11 @@ def test_the_devices_of_a_batch_norm_wait_for_each_other_once_in_either_directio
         gradient = jax.grad(lambda x: jnp.sum(jnp.sin(forward(variables, x)[0])))(x)
         return gradient, jnp.zeros(())
 
-    for function, messages in ((forward, 1), (backward, 2)):
+    def masked(variables, x):
+        mask = jnp.arange(4)[None, :, None, None] < 2 + (x[:, :1, :1, :1] > 0)
+        return layer.apply(variables, x, mask, mutable=["batch_stats"])
+
+    for function, messages in ((forward, 1), (masked, 1), (backward, 2)):
         text = spread(function).lower(variables, x).compile().as_text()
         assert sum(message.count for message in count_messages(text)) == messages
 

@@ -25,7 +25,7 @@ def draw_inputs(num):
     return np.asarray(sample_seeds(range(num), (8, 8, 4))), labels, get_picture_keys(range(num))
 
 
-@pytest.mark.parametrize("num", [8, 11, 3])
+@pytest.mark.parametrize("num", [8, 11, 3, 1])
 def test_pictures_of_eight_devices_are_those_of_one(denoiser, num):
     diffuser = get_diffuser(denoiser, diffusion_steps=5, eta=0.5)
     seeds, labels, keys = draw_inputs(num)
@@ -48,6 +48,19 @@ def test_devices_that_draw_say_nothing_to_each_other(denoiser):
     arrays = jax.device_put((seeds, labels), batch_sharding(mesh))
     program = get_loop(mesh).lower(diffuser, *arrays, None, None).compile()
     assert count_messages(program.as_text()) == []
+
+
+def test_a_guide_half_precision_and_weights_on_a_mesh(denoiser):
+    seeds, labels, _ = draw_inputs(6)
+    labels = labels.astype(np.float16)
+    guide = jax.device_put(denoiser, replicated(get_mesh("data=2,fsdp=4")))
+    diffuser = get_diffuser(denoiser, diffusion_steps=3, guide=guide)
+    expected = get_diffuser(denoiser, diffusion_steps=3, guide=denoiser)
+    np.testing.assert_allclose(
+        spread(diffuser, jax.devices())(seeds, labels),
+        expected.reverse_diffusion(seeds, labels),
+        atol=1e-4,
+    )
 
 
 def test_on_a_cpu_one_device_draws(denoiser):
