@@ -18,8 +18,6 @@ from ldm_jax import sharding
 from ldm_jax.sampler import Diffuser, sample_seeds
 from ldm_jax.spreading import get_loop
 
-WAYS = "jit", "shard_map"
-
 
 def spread_noise(mesh: Mesh, num: int, latent_shape: tuple[int, ...]) -> jax.Array:
     """The noise of pictures 0, 1, ..., each drawn on the device that holds it."""
@@ -45,9 +43,11 @@ def sample(table: timing.Table, options: argparse.Namespace, fields: dict) -> No
             None,  # No negative prompt and no noise on the way.
             None,
         )
-        loops = {"jit": Diffuser.reverse_diffusion, "shard_map": get_loop(mesh)}
-        for way in WAYS if devices > 1 else WAYS[:1]:
-            programs[devices, way] = partial(loops[way].lower, *inputs[devices])
+        loops = {"jit": Diffuser.reverse_diffusion}
+        if devices > 1:
+            loops["shard_map"] = get_loop(mesh)
+        for way, loop in loops.items():
+            programs[devices, way] = partial(loop.lower, *inputs[devices])
     compiled = timing.compile_all(programs)
     efficiency, reference = timing.Efficiency(), None
 

@@ -6,7 +6,6 @@ large weight, of its averages and of the optimizer's moments, and the weights ar
 length of a step. What crosses the network is written out here, so that its dtype is chosen.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -262,7 +261,7 @@ def _reduce_means(grads, specs, mesh, axes, dtype):
         for bucket in _fill_buckets(sizes, _bucket_bytes(mesh, over)):
             chosen = [members[k] for k in bucket]
             flat = jnp.concatenate([leaves[i].ravel() for i in chosen])
-            ends = list(itertools.accumulate(leaves[i].size for i in chosen))
+            ends = np.cumsum([leaves[i].size for i in chosen])
             parts = jnp.split(jax.lax.psum(flat, over), ends[:-1])
             for i, part in zip(chosen, parts, strict=True):
                 leaves[i] = part.reshape(leaves[i].shape)
