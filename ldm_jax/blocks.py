@@ -60,13 +60,40 @@ def attend(
         return x.reshape(*x.shape[:-1], heads, -1)
 
     q, k, v = split(queries), split(keys), split(values)
-    logits = jnp.einsum("bphd,bnhd->bhpn", k, q, preferred_element_type=jnp.float32)
-    if scaled:
-        logits = logits / math.sqrt(q.shape[-1])
+    divisor = math.sqrt(q.shape[-1]) if scaled else 1.0
+    return _attend(q, k, v, mask, divisor).reshape(*keys.shape[:2], -1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, mask, divisor):
+    """`attend` with heads apart, (b, n, heads, d); its gradient is written out.
+
+    Derived by JAX, it keeps the logits in float32, reads them again, and hands on their gradient in
+    float32. Here the weights alone are kept, and both pass between products in the values' dtype.
+    """
+    return _attend_forward(q, k, v, mask, divisor)[0]
+
+
+def _attend_forward(q, k, v, mask, divisor):
+    logits = jnp.einsum("bphd,bnhd->bhpn", k, q, preferred_element_type=jnp.float32) / divisor
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhpn,bnhc->bphc", weights, v).reshape(*keys.shape[:2], -1)
+    return jnp.einsum("bhpn,bnhc->bphc", weights, v), (q, k, v, weights)
+
+
+def _attend_backward(divisor, saved, dy):
+    q, k, v, weights = saved
+    d_weights = jnp.einsum("bphc,bnhc->bhpn", dy, v).astype(jnp.float32)
+    through_sum = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
+    d_logits = (weights * (d_weights - through_sum) / divisor).astype(v.dtype)
+    d_q = jnp.einsum("bhpn,bphd->bnhd", d_logits, k)
+    d_k = jnp.einsum("bhpn,bnhd->bphd", d_logits, q)
+    d_v = jnp.einsum("bhpn,bphc->bnhc", weights, dy)
+    return d_q, d_k, d_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:

@@ -1,5 +1,7 @@
 """The network's layers against numpy: embedding, norms, attention, pooling and upsampling."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -90,6 +92,39 @@ def test_attend_equals_a_literal_softmax(heads, scaled, masked):
     np.testing.assert_allclose(
         attend(q, k, v, heads=heads, scaled=scaled, mask=mask), expected, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("heads, scaled", [(1, False), (2, True)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
+def test_attend_s_gradient_is_that_of_the_softmax(heads, scaled, masked, dtype, tolerance):
+    mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool) if masked else None
+    drawn = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 5, 12, seed=2)
+    rounded = [jnp.asarray(x, dtype) for x in drawn]
+    weights = draw(2, 7, 12, seed=3)
+
+    def literal(q, k, v):
+        q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
+        logits = jnp.einsum("bphd,bnhd->bhpn", k, q) / (math.sqrt(q.shape[-1]) if scaled else 1)
+        logits = logits if mask is None else jnp.where(mask[:, None, None], logits, -jnp.inf)
+        y = jnp.einsum("bhpn,bnhc->bphc", jax.nn.softmax(logits), v)
+        return jnp.sum(weights * y.reshape(weights.shape))
+
+    def ours(q, k, v):
+        return jnp.sum(weights * attend(q, k, v, heads=heads, scaled=scaled, mask=mask))
+
+    expected = jax.grad(literal, (0, 1, 2))(*(jnp.float32(x) for x in rounded))
+    for found, exact in zip(jax.grad(ours, (0, 1, 2))(*rounded), expected, strict=True):
+        assert found.dtype == dtype
+        scale = np.abs(exact).max()
+        np.testing.assert_allclose(np.float32(found), exact, atol=tolerance * scale)
+
+
+def test_attention_keeps_its_weights_for_the_gradient_and_no_logits():
+    q, k, v = (jnp.bfloat16(draw(2, 5, 8, seed=seed)) for seed in range(3))
+    _, pullback = jax.vjp(attend, q, k, v)
+    kept = [x for x in jax.tree.leaves(pullback) if x.shape == (2, 1, 5, 5)]
+    assert [x.dtype for x in kept] == [jnp.bfloat16]
 
 
 def test_attention_computes_its_softmax_in_float32():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from ldm_jax import norms
 from ldm_jax.forecast import count_messages
 from ldm_jax.norms import BatchNorm, Dropout, batch_places, get_norm, sample_keys
 from ldm_jax.sharding import AXES, get_mesh
@@ -36,6 +37,25 @@ def test_the_batch_norm_keeps_its_digits_far_from_zero():
     x = x.astype(np.float64)
     expected = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-3)
     np.testing.assert_allclose(y, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "shape", [(12, 4, 4, 5), (7, 2, 2, 3), (2, 32, 16, 3), (300, 9), (8, 1, 6)]
+)
+def test_the_batch_norm_s_sums_are_those_of_all_positions(shape):
+    x = draw(*shape)
+    axes = tuple(range(len(shape) - 1))
+    total, squares = norms._column_sums(x, x**2)
+    x = x.astype(np.float64)
+    np.testing.assert_allclose(total, x.sum(axes), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(squares, (x**2).sum(axes), rtol=1e-5)
+
+
+def test_partial_sums_join_samples_up_to_256_positions():
+    for shape, partials in {(64, 4, 4, 5): 4, (64, 16, 16, 5): 64, (6, 4, 4, 5): 3}.items():
+        jaxpr = jax.make_jaxpr(norms._column_sums)(np.zeros(shape, np.float32))
+        [barrier] = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+        assert barrier.outvars[0].aval.shape == (partials, 5)
 
 
 def test_the_group_norm_normalises_groups_of_16_channels_of_one_picture():
