@@ -61,11 +61,11 @@ def attend(
 
     q, k, v = split(queries), split(keys), split(values)
     divisor = math.sqrt(q.shape[-1]) if scaled else 1.0
-    return _attend(q, k, v, mask, divisor).reshape(*keys.shape[:2], -1)
+    return jnp.reshape(_attend(q, k, v, mask, divisor), (*keys.shape[:2], -1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, mask, divisor):
+def _attend(q, k, v, mask, divisor) -> Array:
     """`attend` with heads apart, (b, n, heads, d); its gradient is written out.
 
     Derived by JAX, it keeps the logits in float32, reads them again, and hands on their gradient in
@@ -74,7 +74,7 @@ def _attend(q, k, v, mask, divisor):
     return _attend_forward(q, k, v, mask, divisor)[0]
 
 
-def _attend_forward(q, k, v, mask, divisor):
+def _attend_forward(q, k, v, mask, divisor) -> tuple[Array, tuple]:
     logits = jnp.einsum("bphd,bnhd->bhpn", k, q, preferred_element_type=jnp.float32) / divisor
     if mask is not None:
         logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)

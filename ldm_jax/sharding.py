@@ -128,7 +128,11 @@ def batch_axes(parallelism: str) -> tuple[str, ...]:
 
 
 def get_gradients(
-    value_and_grad: Callable, mesh: Mesh, parallelism: str = "jit", reduce_dtype: str = "float32"
+    value_and_grad: Callable,
+    mesh: Mesh,
+    parallelism: str = "jit",
+    reduce_dtype: str = "float32",
+    gather_dtype: Any = None,
 ) -> Callable:
     """Spreads a loss and its gradient over a mesh, with the messages between devices written out.
 
@@ -144,6 +148,8 @@ def get_gradients(
         parallelism: "jit", or "pmap" to be called inside `compile_step`.
         reduce_dtype: in which gradients are added up, "float32" or "bfloat16". The second halves
             the bytes and rounds every partial sum to 8 bits.
+        gather_dtype: in which split weights travel; None for their own. That of the network's
+            layers halves the bytes and changes no number, since they round the weights anyway.
 
     Returns:
         (params, batch_stats, rng, batch) -> ((loss, batch_stats), gradients).
@@ -160,7 +166,7 @@ def get_gradients(
     axes, whole = batch_axes(parallelism), PartitionSpec()
 
     def on_device(specs, params, batch_stats, rng, batch):
-        weights = jax.tree.map(partial(_gather, axes=axes), params, specs)
+        weights = _gather(params, specs, mesh, axes, gather_dtype)
         (loss, batch_stats), grads = value_and_grad(weights, batch_stats, rng, batch)
         grads = _reduce_means(grads, specs, mesh, axes, reduce_dtype)
         return (jax.lax.pmean(loss, axes), batch_stats), grads
@@ -232,40 +238,96 @@ def gather(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def _gather(weight, spec, *, axes):
-    """The whole weight, as a value of this device alone: its gradient is left unreduced."""
-    if spec:
-        weight = jax.lax.all_gather(weight, "fsdp", axis=len(spec) - 1, tiled=True)
-    return jax.lax.pcast(weight, ("data",) if spec else axes, to="varying")
+def _gather(weights, specs, mesh, axes, dtype):
+    """The whole weights, as values of this device alone: their gradients are left unreduced.
+
+    Those that are split travel in buckets, as `dtype`.
+    """
+    leaves, tree = jax.tree.flatten(weights)
+    specs = tree.flatten_up_to(specs)
+    parts, split = mesh.shape["fsdp"], [i for i, spec in enumerate(specs) if spec]
+    sent = [leaves[i].astype(dtype or leaves[i].dtype) for i in split]
+    for bucket in _fill_buckets([x.nbytes * parts for x in sent], _bucket_bytes(mesh, ("fsdp",))):
+        chosen = [split[k] for k in bucket]
+        wholes = _gather_parts([sent[k] for k in bucket], [_split_axis(specs[i]) for i in chosen])
+        for i, whole in zip(chosen, wholes, strict=True):
+            leaves[i] = whole.astype(leaves[i].dtype)
+    for i, spec in enumerate(specs):
+        leaves[i] = jax.lax.pcast(leaves[i], ("data",) if spec else axes, to="varying")
+    return tree.unflatten(leaves)
+
+
+def _gather_parts(arrays, places):
+    """The wholes of arrays that are split over "fsdp", by one message."""
+    if len(arrays) == 1:
+        [x], [axis] = arrays, places
+        return [jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)]
+    rows = jax.lax.all_gather(jnp.concatenate([x.ravel() for x in arrays]), "fsdp")
+    cuts = jnp.split(rows, np.cumsum([x.size for x in arrays])[:-1], axis=1)
+    return [_join(cut, x.shape, axis) for cut, x, axis in zip(cuts, arrays, places, strict=True)]
 
 
 def _reduce_means(grads, specs, mesh, axes, dtype):
     """This device's parts of the means over all devices, added up in `dtype`.
 
-    What is split over "fsdp" is scattered, each by itself. What is then summed travels in buckets
-    (Li et al. 2020, PyTorch Distributed), the gradients of the last layers first.
+    Gradients travel in buckets (Li et al. 2020, PyTorch Distributed), those of the last layers
+    first: what is split over "fsdp" is scattered, then summed over "data"; all else is summed.
     XLA for GPUs packs messages too, but after it has fused everything else, so that each gradient
     is then copied out by a kernel of its own; out of these buckets, Adam reads them.
     """
     leaves, tree = jax.tree.flatten(grads)
+    specs = tree.flatten_up_to(specs)
     dtypes = [leaf.dtype for leaf in leaves]
     leaves = [(leaf / mesh.size).astype(dtype) for leaf in leaves]
-    groups: dict[tuple, list[int]] = {}
-    for i, spec in enumerate(tree.flatten_up_to(specs)):
-        if spec:
-            part = {"scatter_dimension": len(spec) - 1, "tiled": True}
-            leaves[i] = jax.lax.psum_scatter(leaves[i], "fsdp", **part)
-        groups.setdefault(("data",) if spec else axes, []).append(i)
-    for over, members in groups.items():
-        sizes = [leaves[i].nbytes for i in members]
-        for bucket in _fill_buckets(sizes, _bucket_bytes(mesh, over)):
+    for split in (False, True):
+        members = [i for i, spec in enumerate(specs) if bool(spec) == split]
+        most = _bucket_bytes(mesh, ("fsdp",) if split else axes)
+        for bucket in _fill_buckets([leaves[i].nbytes for i in members], most):
             chosen = [members[k] for k in bucket]
-            flat = jnp.concatenate([leaves[i].ravel() for i in chosen])
-            ends = np.cumsum([leaves[i].size for i in chosen])
-            parts = jnp.split(jax.lax.psum(flat, over), ends[:-1])
-            for i, part in zip(chosen, parts, strict=True):
-                leaves[i] = part.reshape(leaves[i].shape)
+            sent = [leaves[i] for i in chosen]
+            places = [_split_axis(specs[i]) for i in chosen]
+            found = _scatter(sent, places, mesh) if split else _sum(sent, axes)
+            for i, part in zip(chosen, found, strict=True):
+                leaves[i] = part
     return tree.unflatten([leaf.astype(old) for leaf, old in zip(leaves, dtypes, strict=True)])
+
+
+def _sum(arrays, axes):
+    """The sums over devices, by one message."""
+    flat = jax.lax.psum(jnp.concatenate([x.ravel() for x in arrays]), axes)
+    parts = jnp.split(flat, np.cumsum([x.size for x in arrays])[:-1])
+    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
+def _scatter(arrays, places, mesh):
+    """This device's parts of the sums, one message on either axis of the mesh."""
+    if len(arrays) == 1:
+        [x], [axis] = arrays, places
+        parts = [jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)]
+        return _sum(parts, "data")
+    cuts = [_cut(x, axis, mesh.shape["fsdp"]) for x, axis in zip(arrays, places, strict=True)]
+    rows = jnp.concatenate([cut.reshape(len(cut), -1) for cut in cuts], axis=1)
+    flat = jax.lax.psum(jax.lax.psum_scatter(rows, "fsdp"), "data")
+    parts = jnp.split(flat, np.cumsum([cut[0].size for cut in cuts])[:-1])
+    return [part.reshape(cut.shape[1:]) for part, cut in zip(parts, cuts, strict=True)]
+
+
+def _split_axis(spec):
+    """Of a spec of `get_spec` that is not empty."""
+    return len(spec) - 1
+
+
+def _cut(whole, axis, parts):
+    """(parts, shape of a part): an array as the devices of the "fsdp" axis hold it."""
+    shape = whole.shape
+    apart = whole.reshape(*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
+    return jnp.moveaxis(apart, axis, 0)
+
+
+def _join(rows, shape, axis):
+    """The whole of an array, of whose parts, each of a `shape`, the rows hold the numbers."""
+    apart = jnp.moveaxis(rows.reshape(-1, *shape), 0, axis)
+    return apart.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
 
 def _bucket_bytes(mesh, axes):

@@ -216,7 +216,8 @@ def get_train_step(
     loss_fn = get_loss(network, scale, process, **loss_options)
     get_gradients = _keep_order(get_value_and_grad(loss_fn, accumulate))
     if mesh is not None:
-        get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, reduce_dtype)
+        dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": network.dtype}
+        get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, **dtypes)
 
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):
         step_key = jax.random.fold_in(rng, state.step)

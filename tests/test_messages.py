@@ -59,21 +59,77 @@ def test_buckets_are_filled_from_the_last_gradient_on(sizes, most, buckets):
     assert sharding._fill_buckets(sizes, most) == buckets
 
 
+@pytest.mark.parametrize("dtype, short", [(None, "f32"), ("bfloat16", "bf16")])
+@pytest.mark.parametrize("most", [0, 10**6])
+def test_split_weights_travel_in_the_dtype_that_was_chosen(dtype, short, most, monkeypatch):
+    monkeypatch.setattr(sharding, "BUCKET_BYTES", most)
+    mesh = sharding.get_mesh("fsdp")
+    params = {name: jnp.ones((64, 128)) for name in "ab"} | {"small": jnp.ones((8,))}
+    batch = {"x": np.ones((8, 64), np.float32)}
+
+    def loss_fn(params, batch_stats, rng, batch):
+        assert all(weight.dtype == jnp.float32 for weight in params.values())
+        y = batch["x"] @ (params["a"] + params["b"])
+        return jnp.mean(y) + jnp.sum(params["small"]), batch_stats
+
+    gradients = sharding.get_gradients(get_value_and_grad(loss_fn), mesh, gather_dtype=dtype)
+    text = jax.jit(gradients).lower(params, {}, jax.random.key(0), batch).as_text()
+    bodies = text.split("stablehlo.all_gather")[1:]
+    results = [body.split("->")[1].split("\n")[0] for body in bodies]
+    assert len(results) == (1 if most else 2) and all(f"x{short}>" in result for result in results)
+    assert text.count("stablehlo.reduce_scatter") == len(results)
+
+
+def test_weights_sent_in_the_dtype_of_the_layers_change_no_number():
+    mesh, rng = sharding.get_mesh("data=2,fsdp=4"), np.random.default_rng(0)
+    params = {"a": rng.standard_normal((64, 128), np.float32)}
+    batch = shard_batch(mesh, {"x": rng.standard_normal((16, 64), np.float32)})
+
+    def loss_fn(params, batch_stats, rng, batch):
+        y = batch["x"].astype("bfloat16") @ params["a"].astype("bfloat16")
+        return jnp.mean(jnp.sin(y.astype("float32"))), batch_stats
+
+    found = []
+    for dtype in (None, "bfloat16"):
+        gradients = sharding.get_gradients(get_value_and_grad(loss_fn), mesh, gather_dtype=dtype)
+        (loss, _), grads = jax.jit(gradients)(params, {}, jax.random.key(0), batch)
+        found.append((float(loss), np.asarray(grads["a"])))
+    assert found[0][0] == found[1][0] and np.any(found[0][1])
+    np.testing.assert_array_equal(*(grads for _, grads in found))
+
+
+def test_what_is_cut_for_a_device_is_what_the_mesh_gives_it():
+    mesh, x = sharding.get_mesh("data=2,fsdp=4"), np.arange(6 * 64 * 128.0).reshape(6, 64, 128)
+    for whole in (x, x.transpose(0, 2, 1), x.transpose(1, 0, 2)):  # Split along 2, 1 and 2.
+        spec = sharding.get_spec(mesh, whole.shape)
+        axis = len(spec) - 1
+        cut = sharding._cut(whole, axis, 4)
+        placed = jax.device_put(whole, jax.NamedSharding(mesh, spec))
+        for shard in placed.addressable_shards:
+            place = np.argwhere(mesh.devices == shard.device)[0][1]
+            np.testing.assert_array_equal(cut[place], shard.data)
+        np.testing.assert_array_equal(
+            sharding._join(cut.reshape(4, -1), cut.shape[1:], axis), whole
+        )
+
+
 @pytest.mark.parametrize("layout", ["data", "data=2,fsdp=4"])
 def test_gradients_in_buckets_are_those_of_one_device(layout, monkeypatch):
-    shapes = {"a": (128, 64), "b": (64,), "c": (3, 5), "d": ()}  # With FSDP, the first is split.
+    # With FSDP, the first and the last are split.
+    shapes = {"a": (128, 64), "b": (64,), "c": (3, 5), "d": (), "e": (64, 128)}
     rng = np.random.default_rng(0)
     params = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     batch = {"x": rng.standard_normal((16, 128), np.float32)}
 
     def loss_fn(params, batch_stats, rng, batch):
         y = jnp.sin(batch["x"] @ params["a"]) * params["b"][None] + params["d"]
+        y = jnp.sin(y @ params["e"])
         return jnp.mean(jnp.square(y)) * jnp.sum(jnp.square(params["c"])), batch_stats
 
     expected = jax.grad(lambda params: loss_fn(params, {}, None, batch)[0])(params)
     mesh = sharding.get_mesh(layout)
     together = 1 if layout == "data" else 2  # What is split goes another way.
-    for most, messages in ((0, 4), (400, 2), (10**6, together)):  # b, c and d are 320 bytes.
+    for most, messages in ((0, 5), (400, 3), (10**6, together)):  # b, c and d are 320 bytes.
         monkeypatch.setattr(sharding, "BUCKET_BYTES", most)
         run = jax.jit(sharding.get_gradients(get_value_and_grad(loss_fn), mesh))
         text = run.lower(params, {}, jax.random.key(0), batch).as_text()
