@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,10 @@ NEEDED = (
     "AutoencoderKL.save_pretrained writes them, or a name on the Hugging Face hub. Without a "
     "network: download these two files elsewhere into a folder, and give the folder's path."
 )
+# Pixels of the images of a batch: 64 of 128 x 128 on a GPU, 16 on a CPU. On an H200 Stable
+# Diffusion's decoder in bfloat16 takes 42 ms for 64 at once and 64 ms in batches of 16; in
+# channels_last 59 and 64 ms.
+GPU_PIXELS, CPU_PIXELS = 2**20, 2**18
 DTYPES = ("float32", "bfloat16", "float16")
 # What decides the function that the weights compute. Other fields of a config.json differ between
 # releases of diffusers, or hold paths and scaling factors that are not applied here.
@@ -61,13 +66,17 @@ class VAE:
         self._model = model.eval().requires_grad_(False)
 
     def encode(
-        self, images: Shaped[np.ndarray, "n H W 3"], batch_size: int = 16, progress: bool = False
+        self,
+        images: Shaped[np.ndarray, "n H W 3"],
+        batch_size: int | None = None,
+        progress: bool = False,
     ) -> tuple[Float[np.ndarray, "n h w c"], Float[np.ndarray, "n h w c"]]:
         """Images => mean and standard deviation, exp(logvar / 2), of the raw latents, float32.
 
         Args:
             images: uint8, or floats in [-1, 1]; H and W divisible by `downsampling`.
-            batch_size: images that are computed at once; the result does not depend on it.
+            batch_size: images that are computed at once; the result does not depend on it. By
+                default as many as have GPU_PIXELS or CPU_PIXELS together.
             progress: whether to show a progress bar.
 
         Raises:
@@ -92,7 +101,7 @@ class VAE:
     def decode(
         self,
         latents: Float[np.ndarray, "n h w c"],
-        batch_size: int = 16,
+        batch_size: int | None = None,
         progress: bool = False,
         as_bytes: bool = False,
     ) -> Shaped[np.ndarray, "n H W 3"]:
@@ -130,6 +139,10 @@ class VAE:
         """outputs[i] = function(inputs[i]), by batches, NHWC outside and NCHW for `function`."""
         import torch
 
+        if batch_size is None:
+            most = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
+            of_one = max(math.prod(array.shape[1:3]) for array in (inputs, outputs))
+            batch_size = max(most // of_one, 1)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         done = 0
@@ -218,7 +231,7 @@ def decode_latents(
     std_latent: float | Float[np.ndarray, " c"],
     vae: VAE | str = DEFAULT_VAE,
     mean_latent: float | Float[np.ndarray, " c"] = 0.0,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "n H W 3"]:
     """Normalised latents => images in [-1, 1]: decode(latents std_latent + mean_latent).

@@ -196,7 +196,8 @@ def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") ->
     """
     if mesh is not None and parallelism == "pmap":
         return _pmap_step(step, mesh)
-    options = graphs.get_options(jax.devices()[:1] if mesh is None else mesh.devices.flat)
+    devices = jax.devices()[:1] if mesh is None else mesh.devices.flat
+    options = graphs.get_options(devices, quick=True)
     if mesh is None:
         return jax.jit(step, donate_argnums=0, compiler_options=options)
 

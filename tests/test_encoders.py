@@ -117,6 +117,15 @@ def test_batch_size_and_progress_do_not_change_the_result(vae, images, capfd):
     np.testing.assert_allclose(vae.decode(mean, batch_size=3), vae.decode(mean), **close)
 
 
+def test_a_batch_holds_as_many_pictures_as_their_pixels_allow(vae, monkeypatch):
+    rounds, decode = [], vae._model.decode
+    monkeypatch.setattr(vae._model, "decode", lambda z: rounds.append(len(z)) or decode(z))
+    for pixels in (2 * 16 * 24, 3 * 16 * 24 - 1, 10):
+        monkeypatch.setattr(encoders, "CPU_PIXELS", pixels)
+        vae.decode(np.zeros((3, 2, 3, 3), np.float32))
+    assert rounds == [2, 1, 2, 1, 1, 1, 1]
+
+
 def test_no_images_give_no_latents_and_no_latents_no_images(vae):
     mean, std = vae.encode(np.zeros((0, 16, 16, 3), np.uint8))
     assert mean.shape == std.shape == (0, 2, 2, 3)

@@ -33,6 +33,15 @@ def test_a_gpu_records_convolutions(on_gpu):
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
+def test_a_training_step_is_compiled_with_quick_trials(on_gpu, monkeypatch):
+    options = graphs.get_options(jax.devices()[:1], quick=True)
+    assert options == {graphs.FLAG: graphs.RECORDED} | graphs.QUICK_TRIALS
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
+    options = graphs.get_options(jax.devices()[:1], quick=True)
+    assert "xla_gpu_autotune_level" not in options and len(options) == 2
+
+
 def test_what_xla_flags_say_counts(on_gpu, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", f"--{graphs.FLAG}=")
     assert graphs.get_options(jax.devices()[:1]) is None
