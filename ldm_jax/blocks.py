@@ -69,7 +69,8 @@ def _attend(q, k, v, mask, divisor) -> Array:
     """`attend` with heads apart, (b, n, heads, d); its gradient is written out.
 
     Derived by JAX, it keeps the logits in float32, reads them again, and hands on their gradient in
-    float32. Here the weights alone are kept, and both pass between products in the values' dtype.
+    float32. Here the weights are kept instead of the logits, and the gradient of the logits is
+    rounded to the values' dtype, as the weights are. There is no forward-mode derivative.
     """
     return _attend_forward(q, k, v, mask, divisor)[0]
 
@@ -90,7 +91,7 @@ def _attend_backward(divisor, saved, dy):
     d_q = jnp.einsum("bhpn,bphd->bnhd", d_logits, k)
     d_k = jnp.einsum("bhpn,bnhd->bphd", d_logits, q)
     d_v = jnp.einsum("bhpn,bphc->bnhc", weights, dy)
-    return d_q, d_k, d_v, None
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

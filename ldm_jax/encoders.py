@@ -142,7 +142,7 @@ class VAE:
         if batch_size is None:
             most = CPU_PIXELS if self.device.type == "cpu" else GPU_PIXELS
             of_one = max(math.prod(array.shape[1:3]) for array in (inputs, outputs))
-            batch_size = max(most // of_one, 1)
+            batch_size = max(most // max(of_one, 1), 1)
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}")
         done = 0

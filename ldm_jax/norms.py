@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 NORMS = ("batch", "group", "rms")
 GROUP_SIZE = 16
 EPSILON = 1e-3  # Of batch norms.
-ROWS = 256  # Positions of a partial sum, at most if samples hold fewer.
+ROWS = 256  # Positions of a partial sum; a sample that has more makes one by itself.
 
 
 def get_norm(
@@ -216,12 +216,12 @@ def _statistics(x, mask, near, axis_name):
 
 
 def _column_sums(*maps):
-    """Sums over all axes but the last: those of some ROWS positions each, then of these.
+    """Sums over all axes but the last: partial sums over ROWS positions, then the sum of these.
 
     XLA leaves a column sum that it merges with an elementwise result to a few blocks of threads,
     which takes ten times as long on maps of 4 x 4. The barrier keeps the stages apart. Positions
     of several samples go together: of 64 rows, a GPU's kernel for columns leaves half of its
-    threads idle.
+    threads idle. Samples of one position need one stage only.
     """
     samples, channels = maps[0].shape[0], maps[0].shape[-1]
     rows = math.prod(maps[0].shape[1:-1])

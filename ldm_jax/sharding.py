@@ -148,8 +148,8 @@ def get_gradients(
         parallelism: "jit", or "pmap" to be called inside `compile_step`.
         reduce_dtype: in which gradients are added up, "float32" or "bfloat16". The second halves
             the bytes and rounds every partial sum to 8 bits.
-        gather_dtype: in which split weights travel; None for their own. That of the network's
-            layers halves the bytes and changes no number, since they round the weights anyway.
+        gather_dtype: in which split weights travel; None for their own. bfloat16 halves the bytes,
+            and changes no number for layers that round their weights to it anyway.
 
     Returns:
         (params, batch_stats, rng, batch) -> ((loss, batch_stats), gradients).

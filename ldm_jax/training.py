@@ -188,7 +188,8 @@ def get_train_step(
     initial weights.
 
     Args:
-        network: called with (x_t, noise_levels, text_embeddings).
+        network: called with (x_t, noise_levels, text_embeddings). With FSDP its large weights
+            travel in its `dtype`, if it has one, to which its layers must round them.
         optimizer: see `get_optimizer`.
         scale: of the latents.
         process: forward process.
@@ -216,7 +217,7 @@ def get_train_step(
     loss_fn = get_loss(network, scale, process, **loss_options)
     get_gradients = _keep_order(get_value_and_grad(loss_fn, accumulate))
     if mesh is not None:
-        dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": network.dtype}
+        dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": getattr(network, "dtype", None)}
         get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, **dtypes)
 
     def train_step(state: TrainState, rng: PRNGKeyArray, batch: Mapping):

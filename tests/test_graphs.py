@@ -40,6 +40,20 @@ def test_a_training_step_is_compiled_with_quick_trials(on_gpu, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     options = graphs.get_options(jax.devices()[:1], quick=True)
     assert "xla_gpu_autotune_level" not in options and len(options) == 2
+    for mesh in (None, sharding.get_mesh()):
+        monkeypatch.setattr(graphs, "get_options", lambda _, quick: {"xla_wish": quick})
+        step = sharding.compile_step(lambda state, rng, batch: (state, {}), mesh)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_wish"):
+            step({}, jax.random.key(0), jnp.ones(8))
+
+
+def test_an_xla_without_quick_trials_still_records(on_gpu, monkeypatch):
+    monkeypatch.setattr(graphs, "QUICK_TRIALS", {"xla_gpu_wishes": 1})
+    graphs._knows_quick_trials.cache_clear()
+    with pytest.warns(UserWarning, match="all trials: .*xla_gpu_wishes"):
+        options = graphs.get_options(jax.devices()[:1], quick=True)
+    assert options == {graphs.FLAG: graphs.RECORDED}
+    graphs._knows_quick_trials.cache_clear()
 
 
 def test_what_xla_flags_say_counts(on_gpu, monkeypatch):

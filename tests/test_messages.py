@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import sharding
+from ldm_jax import sharding, training
 from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.feed import shard_batch
+from ldm_jax.latents import LatentScale
+from ldm_jax.unet import get_network
 
 
 def compiled_step(layout, reduce_dtype, dtype="bfloat16"):
@@ -96,6 +98,27 @@ def test_weights_sent_in_the_dtype_of_the_layers_change_no_number():
         found.append((float(loss), np.asarray(grads["a"])))
     assert found[0][0] == found[1][0] and np.any(found[0][1])
     np.testing.assert_array_equal(*(grads for _, grads in found))
+
+
+def test_a_network_in_bfloat16_gathers_its_weights_so():
+    mesh = sharding.get_mesh("fsdp")
+    network = get_network(4, 1, 8, widths=(32, 64), dtype="bfloat16")
+    optimizer = training.get_optimizer(steps=10)
+    create = partial(
+        training.create_train_state,
+        network=network,
+        optimizer=optimizer,
+        latent_shape=(4, 4, 4),
+        embedding_shape=(8,),
+    )
+    state = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
+    split = [x for x in jax.tree.leaves(state.params) if any(x.sharding.spec)]
+    step = training.get_train_step(network, optimizer, LatentScale(1.0), mesh=mesh)
+    batch = {"latents_mean": jnp.ones((8, 4, 4, 4)), "text_embeddings": jnp.ones((8, 8))}
+    text = step.lower(state, jax.random.key(0), batch).as_text()
+    [gathered] = text.split("stablehlo.all_gather")[1:]
+    total = sum(x.size for x in split)
+    assert f"-> tensor<8x{total // 8}xbf16>" in gathered.split("\n")[0] and len(split) > 3
 
 
 def test_what_is_cut_for_a_device_is_what_the_mesh_gives_it():
