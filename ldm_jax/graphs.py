@@ -36,13 +36,14 @@ def get_options(devices: Iterable[Any], quick: bool = False) -> dict[str, Any] |
         devices: those that the program is for; those of this process are tried.
         quick: compile with QUICK_TRIALS, but for what XLA_FLAGS names.
     """
-    if FLAG in os.environ.get("XLA_FLAGS", "") or jax.default_backend() != "gpu":
+    flags = os.environ.get("XLA_FLAGS", "")
+    if FLAG in flags or jax.default_backend() != "gpu":
         return None
     devices = set(devices)
     here = tuple(device for device in jax.local_devices() if device in devices)
     if not here or not _can_record_convolutions(here):
         return None
-    flags, options = os.environ.get("XLA_FLAGS", ""), {FLAG: RECORDED}
+    options: dict[str, Any] = {FLAG: RECORDED}
     if quick and _knows_quick_trials():
         options |= {name: value for name, value in QUICK_TRIALS.items() if name not in flags}
     return options

@@ -3,7 +3,7 @@
 A mesh has two axes. Batches are split over both. Over "data" the train state is replicated; over
 "fsdp" (fully sharded data parallel, Rajbhandari et al. 2020) each device holds a part of every
 large weight, of its averages and of the optimizer's moments, and the weights are gathered for the
-length of a step. What crosses the network is written out here, so that its dtype is chosen.
+length of a step. What crosses the network is written out, so that its dtype is chosen.
 """
 
 import math
@@ -12,18 +12,16 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ldm_jax import graphs
+from ldm_jax import graphs, messages
 
 AXES = ("data", "fsdp")
 METHODS = ("jit", "pmap")
 REDUCE_DTYPES = ("float32", "bfloat16")
 MIN_SHARDED = 4096  # Elements; a smaller array costs more as a message than as a copy.
-BUCKET_BYTES = 30_000_000  # Of gradients in a message.
 
 
 def parse_layout(layout: str, devices: int) -> tuple[int, int]:
@@ -166,9 +164,9 @@ def get_gradients(
     axes, whole = batch_axes(parallelism), PartitionSpec()
 
     def on_device(specs, params, batch_stats, rng, batch):
-        weights = _gather(params, specs, mesh, axes, gather_dtype)
+        weights = messages.gather(params, specs, mesh, axes, gather_dtype)
         (loss, batch_stats), grads = value_and_grad(weights, batch_stats, rng, batch)
-        grads = _reduce_means(grads, specs, mesh, axes, reduce_dtype)
+        grads = messages.reduce_means(grads, specs, mesh, axes, reduce_dtype)
         return (jax.lax.pmean(loss, axes), batch_stats), grads
 
     def gradients(params, batch_stats, rng, batch):
@@ -239,116 +237,6 @@ def gather(mesh: Mesh | None, tree: Any) -> Any:
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def _gather(weights, specs, mesh, axes, dtype):
-    """The whole weights, as values of this device alone: their gradients are left unreduced.
-
-    Those that are split travel in buckets, as `dtype`.
-    """
-    leaves, tree = jax.tree.flatten(weights)
-    specs = tree.flatten_up_to(specs)
-    parts, split = mesh.shape["fsdp"], [i for i, spec in enumerate(specs) if spec]
-    sent = [leaves[i].astype(dtype or leaves[i].dtype) for i in split]
-    for bucket in _fill_buckets([x.nbytes * parts for x in sent], _bucket_bytes(mesh, ("fsdp",))):
-        chosen = [split[k] for k in bucket]
-        wholes = _gather_parts([sent[k] for k in bucket], [_split_axis(specs[i]) for i in chosen])
-        for i, whole in zip(chosen, wholes, strict=True):
-            leaves[i] = whole.astype(leaves[i].dtype)
-    for i, spec in enumerate(specs):
-        leaves[i] = jax.lax.pcast(leaves[i], ("data",) if spec else axes, to="varying")
-    return tree.unflatten(leaves)
-
-
-def _gather_parts(arrays, places):
-    """The wholes of arrays that are split over "fsdp", by one message."""
-    if len(arrays) == 1:
-        [x], [axis] = arrays, places
-        return [jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True)]
-    rows = jax.lax.all_gather(jnp.concatenate([x.ravel() for x in arrays]), "fsdp")
-    cuts = jnp.split(rows, np.cumsum([x.size for x in arrays])[:-1], axis=1)
-    return [_join(cut, x.shape, axis) for cut, x, axis in zip(cuts, arrays, places, strict=True)]
-
-
-def _reduce_means(grads, specs, mesh, axes, dtype):
-    """This device's parts of the means over all devices, added up in `dtype`.
-
-    Gradients travel in buckets (Li et al. 2020, PyTorch Distributed), those of the last layers
-    first: what is split over "fsdp" is scattered, then summed over "data"; all else is summed.
-    XLA for GPUs packs messages too, but after it has fused everything else, so that each gradient
-    is then copied out by a kernel of its own; out of these buckets, Adam reads them.
-    """
-    leaves, tree = jax.tree.flatten(grads)
-    specs = tree.flatten_up_to(specs)
-    dtypes = [leaf.dtype for leaf in leaves]
-    leaves = [(leaf / mesh.size).astype(dtype) for leaf in leaves]
-    for split in (False, True):
-        members = [i for i, spec in enumerate(specs) if bool(spec) == split]
-        most = _bucket_bytes(mesh, ("fsdp",) if split else axes)
-        for bucket in _fill_buckets([leaves[i].nbytes for i in members], most):
-            chosen = [members[k] for k in bucket]
-            sent = [leaves[i] for i in chosen]
-            places = [_split_axis(specs[i]) for i in chosen]
-            found = _scatter(sent, places, mesh) if split else _sum(sent, axes)
-            for i, part in zip(chosen, found, strict=True):
-                leaves[i] = part
-    return tree.unflatten([leaf.astype(old) for leaf, old in zip(leaves, dtypes, strict=True)])
-
-
-def _sum(arrays, axes):
-    """The sums over devices, by one message."""
-    flat = jax.lax.psum(jnp.concatenate([x.ravel() for x in arrays]), axes)
-    parts = jnp.split(flat, np.cumsum([x.size for x in arrays])[:-1])
-    return [part.reshape(x.shape) for part, x in zip(parts, arrays, strict=True)]
-
-
-def _scatter(arrays, places, mesh):
-    """This device's parts of the sums, one message on either axis of the mesh."""
-    if len(arrays) == 1:
-        [x], [axis] = arrays, places
-        parts = [jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axis, tiled=True)]
-        return _sum(parts, "data")
-    cuts = [_cut(x, axis, mesh.shape["fsdp"]) for x, axis in zip(arrays, places, strict=True)]
-    rows = jnp.concatenate([cut.reshape(len(cut), -1) for cut in cuts], axis=1)
-    flat = jax.lax.psum(jax.lax.psum_scatter(rows, "fsdp"), "data")
-    parts = jnp.split(flat, np.cumsum([cut[0].size for cut in cuts])[:-1])
-    return [part.reshape(cut.shape[1:]) for part, cut in zip(parts, cuts, strict=True)]
-
-
-def _split_axis(spec):
-    """Of a spec of `get_spec` that is not empty."""
-    return len(spec) - 1
-
-
-def _cut(whole, axis, parts):
-    """(parts, shape of a part): an array as the devices of the "fsdp" axis hold it."""
-    shape = whole.shape
-    apart = whole.reshape(*shape[:axis], parts, shape[axis] // parts, *shape[axis + 1 :])
-    return jnp.moveaxis(apart, axis, 0)
-
-
-def _join(rows, shape, axis):
-    """The whole of an array, of whose parts, each of a `shape`, the rows hold the numbers."""
-    apart = jnp.moveaxis(rows.reshape(-1, *shape), 0, axis)
-    return apart.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-
-
-def _bucket_bytes(mesh, axes):
-    """0, a message for each gradient, where nobody listens, and on TPUs, whose XLA packs well."""
-    alone = math.prod(mesh.shape[axis] for axis in axes) == 1
-    return 0 if alone or mesh.devices.flat[0].platform == "tpu" else BUCKET_BYTES
-
-
-def _fill_buckets(sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Places from the last to the first, in buckets that hold up to `most` or a single one."""
-    buckets, held = [], 0
-    for place in reversed(range(len(sizes))):
-        if not buckets or held + sizes[place] > most:
-            buckets.append([])
-            held = 0
-        buckets[-1].append(place)
-        held += sizes[place]
-    return buckets
-
-
 def describe_shardings(tree: Any) -> str:
     """A table of the weights' shapes, how each is split, and what a device holds of it.
 
@@ -362,7 +250,7 @@ def describe_shardings(tree: Any) -> str:
         held, whole = held + size, whole + math.prod(leaf.shape) * leaf.dtype.itemsize
         name = "/".join(str(getattr(key, "key", key)) for key in path)
         spec = leaf.sharding.spec
-        split = f"fsdp, axis {len(spec) - 1}" if any(spec) else "-"
+        split = f"fsdp, axis {messages.get_split_axis(spec)}" if any(spec) else "-"
         rows.append((name, "x".join(map(str, leaf.shape)) or "scalar", split, f"{size:,}"))
     rows.append(("all", "", f"of {whole:,}", f"{held:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import sharding, training
+from ldm_jax import messages, sharding, training
 from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.feed import shard_batch
 from ldm_jax.latents import LatentScale
@@ -58,13 +58,13 @@ def test_gradients_are_added_up_in_the_dtype_that_was_chosen(
     ],
 )
 def test_buckets_are_filled_from_the_last_gradient_on(sizes, most, buckets):
-    assert sharding._fill_buckets(sizes, most) == buckets
+    assert messages._fill_buckets(sizes, most) == buckets
 
 
 @pytest.mark.parametrize("dtype, short", [(None, "f32"), ("bfloat16", "bf16")])
 @pytest.mark.parametrize("most", [0, 10**6])
 def test_split_weights_travel_in_the_dtype_that_was_chosen(dtype, short, most, monkeypatch):
-    monkeypatch.setattr(sharding, "BUCKET_BYTES", most)
+    monkeypatch.setattr(messages, "BUCKET_BYTES", most)
     mesh = sharding.get_mesh("fsdp")
     params = {name: jnp.ones((64, 128)) for name in "ab"} | {"small": jnp.ones((8,))}
     batch = {"x": np.ones((8, 64), np.float32)}
@@ -126,13 +126,13 @@ def test_what_is_cut_for_a_device_is_what_the_mesh_gives_it():
     for whole in (x, x.transpose(0, 2, 1), x.transpose(1, 0, 2)):  # Split along 2, 1 and 2.
         spec = sharding.get_spec(mesh, whole.shape)
         axis = len(spec) - 1
-        cut = sharding._cut(whole, axis, 4)
+        cut = messages._cut(whole, axis, 4)
         placed = jax.device_put(whole, jax.NamedSharding(mesh, spec))
         for shard in placed.addressable_shards:
             place = np.argwhere(mesh.devices == shard.device)[0][1]
             np.testing.assert_array_equal(cut[place], shard.data)
         np.testing.assert_array_equal(
-            sharding._join(cut.reshape(4, -1), cut.shape[1:], axis), whole
+            messages._join(cut.reshape(4, -1), cut.shape[1:], axis), whole
         )
 
 
@@ -152,11 +152,11 @@ def test_gradients_in_buckets_are_those_of_one_device(layout, monkeypatch):
     expected = jax.grad(lambda params: loss_fn(params, {}, None, batch)[0])(params)
     mesh = sharding.get_mesh(layout)
     together = 1 if layout == "data" else 2  # What is split goes another way.
-    for most, messages in ((0, 5), (400, 3), (10**6, together)):  # b, c and d are 320 bytes.
-        monkeypatch.setattr(sharding, "BUCKET_BYTES", most)
+    for most, number in ((0, 5), (400, 3), (10**6, together)):  # b, c and d are 320 bytes.
+        monkeypatch.setattr(messages, "BUCKET_BYTES", most)
         run = jax.jit(sharding.get_gradients(get_value_and_grad(loss_fn), mesh))
         text = run.lower(params, {}, jax.random.key(0), batch).as_text()
-        assert text.count("stablehlo.all_reduce") == messages + 1  # The loss.
+        assert text.count("stablehlo.all_reduce") == number + 1  # The loss.
         _, grads = run(params, {}, jax.random.key(0), shard_batch(mesh, batch))
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grads, expected)
 
