@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ldm_jax.initial import lecun_normal
 from ldm_jax.norms import Dropout, get_norm
 
 
@@ -139,7 +140,7 @@ class ResidualBlock(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
-        conv = partial(nn.Conv, self.width, dtype=self.dtype)
+        conv = partial(nn.Conv, self.width, kernel_init=lecun_normal, dtype=self.dtype)
         layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
         norm = get_norm(self.norm, affine=False, **layer)
         residual = x
@@ -164,7 +165,7 @@ class DenseParams(nn.Module):
     @nn.compact
     def __call__(self, width: int) -> tuple[Float[Array, "w f"], Float[Array, " f"]]:
         """Args: width: of what the kernel is multiplied with."""
-        kernel = self.param("kernel", nn.linear.default_kernel_init, (width, self.features))
+        kernel = self.param("kernel", lecun_normal, (width, self.features))
         return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
 
 
@@ -198,7 +199,8 @@ class SpatialAttention(nn.Module):
         projected = h @ kernel + bias[None, None]
         queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
         h = attend(queries, keys, values, heads=self.heads, scaled=self.scaled)
-        h = nn.Dense(width, dtype=self.dtype, name="out")(h).reshape(x.shape)
+        out = nn.Dense(width, kernel_init=lecun_normal, dtype=self.dtype, name="out")
+        h = out(h).reshape(x.shape)
         return norm(name="norm_out")(h)
 
 
@@ -227,7 +229,7 @@ class CrossAttention(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b _ _ c"]:
         b, height, width_px, width = image.shape
-        dense = partial(nn.Dense, dtype=self.dtype)
+        dense = partial(nn.Dense, kernel_init=lecun_normal, dtype=self.dtype)
         layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
         norm, token_norm = (
             get_norm(self.norm, **layer),

@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import sharding
+from ldm_jax import initial, sharding
 from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.corruption import corrupt
 from ldm_jax.latents import LatentScale
@@ -106,9 +106,10 @@ def create_train_state(
         latent_shape: (h, w, c).
         embedding_shape: (e,) or (n, e).
     """
-    variables = network.init(
-        rng, jnp.zeros((1, *latent_shape)), jnp.zeros((1,)), jnp.ones((1, *embedding_shape))
-    )
+    with initial.long_draws(rng):
+        variables = network.init(
+            rng, jnp.zeros((1, *latent_shape)), jnp.zeros((1,)), jnp.ones((1, *embedding_shape))
+        )
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
+from ldm_jax.initial import lecun_normal
 from ldm_jax.norms import GROUP_SIZE, NORMS
 
 CONDITIONINGS = ("token", "adaptive")
@@ -23,6 +24,8 @@ class RematUnit(Unit):
         def run(unit, *inputs):
             return Unit.__call__(unit, *inputs, train=train)
 
+        if self.is_initializing():  # A long draw that begins in here is for later units as well.
+            return run(self, x, cond, mask, embedding)
         return nn.remat(run)(self, x, cond, mask, embedding)
 
 
@@ -80,7 +83,8 @@ class UNet(nn.Module):
         )
         cond = self._condition(noise_levels, text_embeddings)  # tokens, their mask, embedding
         *widths, bottleneck = self.widths
-        x = nn.Conv(widths[0], (1, 1), dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
+        kind = {"kernel_init": lecun_normal, "dtype": self.dtype}
+        x = nn.Conv(widths[0], (1, 1), **kind, name="conv_in")(x_t.astype(self.dtype))
 
         # Down. The first resolution is without attention.
         skips = []
@@ -108,7 +112,8 @@ class UNet(nn.Module):
             text_embeddings = text_embeddings[:, None]
         b, n, _ = text_embeddings.shape
         mask = jnp.any(text_embeddings != 0, axis=-1) | (jnp.arange(n) == 0)[None, :]
-        text = nn.Dense(self.text_features, dtype=self.dtype, name="text")(text_embeddings)
+        kind = {"kernel_init": lecun_normal, "dtype": self.dtype}
+        text = nn.Dense(self.text_features, **kind, name="text")(text_embeddings)
         level = sinusoidal_embedding(noise_levels, self.noise_emb_dim).astype(self.dtype)
         noise = jnp.broadcast_to(level[:, None], (b, n, self.noise_emb_dim))
         tokens = jnp.concatenate([noise, text], axis=-1)
@@ -117,7 +122,8 @@ class UNet(nn.Module):
 
     def _embed(self, level, text, mask):
         """What scales and shifts all residual blocks: an MLP of noise level and mean token."""
-        dense = partial(nn.Dense, 4 * self.widths[0], dtype=self.dtype)
+        width = 4 * self.widths[0]
+        dense = partial(nn.Dense, width, kernel_init=lecun_normal, dtype=self.dtype)
         pooled = jnp.mean(text, axis=1, where=mask[..., None])
         h = nn.swish(dense(name="embedding_0")(jnp.concatenate([level, pooled], axis=-1)))
         return nn.swish(dense(name="embedding_1")(h))
