@@ -35,9 +35,9 @@ def long_draws(key: PRNGKeyArray) -> Iterator[None]:
 
     A compiler makes a kernel of its own of each draw: those of the default network, 165 and their
     165 copies for the average, took two CPU cores 39 s and an H200's host 42 to 63 s to compile.
-    The draws begin short and grow fourfold, so that a small network wastes little. A kernel inside a
-    transformation of its own, like nn.remat or nn.scan, may start a draw that does not outlive it,
-    and JAX says so.
+    The draws begin short and grow fourfold, so that a small network wastes little. In a
+    transformation within, like nn.remat or nn.scan, a draw may begin that does not outlive it: the
+    next kernel then raises JAX's UnexpectedTracerError.
 
     Args:
         key: of all draws, consumed.
