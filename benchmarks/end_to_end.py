@@ -13,16 +13,17 @@ medians of `repeats` calls after a first one, each with captions of its own.
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from configs import seed, tiny
 from ldm_jax.encoders import VAE, load_vae
+from ldm_jax.initial import init_network
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import get_process
 from ldm_jax.plotting import save_pngs
@@ -49,8 +50,10 @@ def create_pipeline(config: Any, vae: VAE, dtype: str) -> Pipeline:
     network = get_network(**fields)
     latent_shape = (fields["latent_image_size"],) * 2 + (fields["latent_channels"],)
     init_key, out_key = jax.random.split(jax.random.key(0))
-    inputs = jnp.zeros((1, *latent_shape)), jnp.zeros(1), jnp.zeros((1, fields["emb_size"]))
-    variables = jax.jit(network.init)(init_key, *inputs)
+    create = partial(
+        init_network, network, latent_shape=latent_shape, embedding_shape=(fields["emb_size"],)
+    )
+    variables = jax.jit(create)(init_key)
     # The last kernel starts as zeros, which would give a grey picture.
     kernel = variables["params"]["conv_out"]["kernel"]
     variables["params"]["conv_out"]["kernel"] = jax.random.normal(out_key, kernel.shape)

@@ -17,10 +17,10 @@ FLAG = "xla_gpu_enable_command_buffer"
 # XLA's own choice leaves convolutions out, and each of them ends a graph.
 RECORDED = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONVOLUTION"
 
-# No trials of elementwise kernels and none of XLA's own products (Triton) against cuBLAS's, quick
-# ones of convolutions. A training step's kernels are as fast. Batch 1024: busy for 37.5 ms on an
-# H200 without the first, 37.6 with all; 42.05 ms on an H100 without the first two, 42.03 with the
-# second; 256: 15.6 and 15.8 ms.
+# No trials of elementwise kernels, cuBLAS's products alone without XLA's own (Triton), and quick
+# trials of convolutions. A training step's kernels are as fast: batch 1024 busy for 37.5 ms on an
+# H200 without the first, 37.6 with; on an H100 for 42.05 ms with cuBLAS alone and 42.03 with both,
+# 256 for 15.6 and 15.8 ms.
 QUICK_TRIALS = {
     "xla_gpu_experimental_enable_fusion_autotuner": False,
     "xla_gpu_enable_triton_gemm": False,
@@ -31,7 +31,7 @@ QUICK_TRIALS = {
 def get_options(devices: Iterable[Any], quick: bool = False) -> dict[str, Any] | None:
     """Options of jax.jit by which XLA records convolutions into its CUDA graphs as well.
 
-    A training step is some 2 600 kernels of a few microseconds, a step of sampling 257; started one
+    A training step is some 2 400 kernels of a few microseconds, a step of sampling 257; started one
     by one, they come slower than the GPU works them off. None where programs are not for this
     job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
 

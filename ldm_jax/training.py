@@ -13,9 +13,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import initial, sharding
+from ldm_jax import sharding
 from ldm_jax.accumulation import get_value_and_grad
 from ldm_jax.corruption import corrupt
+from ldm_jax.initial import init_network
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import ForwardProcess
 from ldm_jax.objectives import Objective
@@ -106,10 +107,7 @@ def create_train_state(
         latent_shape: (h, w, c).
         embedding_shape: (e,) or (n, e).
     """
-    with initial.long_draws(rng):
-        variables = network.init(
-            rng, jnp.zeros((1, *latent_shape)), jnp.zeros((1,)), jnp.ones((1, *embedding_shape))
-        )
+    variables = init_network(network, rng, latent_shape, embedding_shape)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),

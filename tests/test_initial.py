@@ -1,3 +1,4 @@
+import re
 from functools import partial
 
 import flax.linen as nn
@@ -6,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.initial import LONGEST, SHORTEST, lecun_normal, long_draws
+from ldm_jax import initial, sharding
+from ldm_jax.initial import SHORTEST, lecun_normal, long_draws
 from ldm_jax.training import create_train_state, get_optimizer
 from ldm_jax.unet import get_network
 
@@ -38,30 +40,46 @@ def test_long_draws_follow_the_law(fan_in):
     assert 2.2 < np.abs(deviations).max() < 2.2738
 
 
+def draw(k, length):
+    """What draw k of `long_draws` holds, with a variance of 1."""
+    numbers = jax.random.truncated_normal(jax.random.fold_in(KEY(), k), -2, 2, (length,))
+    return numbers / 0.87962566103423978
+
+
 def test_kernels_are_consecutive_parts_of_the_draws():
     shapes = [(100, 300), (2, 2, 30, 50), (SHORTEST, 3), (40, 40)]
     with long_draws(KEY()):
         kernels = [np.asarray(lecun_normal(KEY(), shape)) for shape in shapes]
-    bare = [kernel * np.prod(kernel.shape[:-1]) ** 0.5 for kernel in kernels]
-    lengths = [SHORTEST, max(4 * SHORTEST, 3 * SHORTEST)]
-    scale = 0.87962566103423978
-    draws = [
-        jax.random.truncated_normal(jax.random.fold_in(KEY(), k), -2, 2, (length,)) / scale
-        for k, length in enumerate(lengths)
-    ]
-    sizes = [kernel.size for kernel in kernels]
-    np.testing.assert_allclose(bare[0].ravel(), draws[0][: sizes[0]], rtol=1e-5)
-    np.testing.assert_allclose(bare[1].ravel(), draws[0][sizes[0] : sum(sizes[:2])], rtol=1e-5)
-    np.testing.assert_allclose(bare[2].ravel(), draws[1][: sizes[2]], rtol=1e-5)
-    np.testing.assert_allclose(bare[3].ravel(), draws[1][sizes[2] : sum(sizes[2:])], rtol=1e-5)
+    bare = [kernel.ravel() * np.prod(kernel.shape[:-1]) ** 0.5 for kernel in kernels]
+    first, second = draw(0, SHORTEST), draw(1, 4 * SHORTEST)
+    np.testing.assert_allclose(np.concatenate(bare[:2]), first[:36_000], rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate(bare[2:]), second[: 3 * SHORTEST + 1600], rtol=1e-5)
 
 
-def test_a_kernel_longer_than_any_draw_has_one_of_its_own():
-    def draw(key):
-        with long_draws(key):
-            return lecun_normal(key, (LONGEST // 4, 5))
+def test_a_draw_ends_with_the_kernel_that_fits(monkeypatch):
+    monkeypatch.setattr(initial, "SHORTEST", 12)
+    with long_draws(KEY()):
+        kernels = [np.asarray(lecun_normal(KEY(), shape)) for shape in [(2, 3), (3, 2), (2, 2)]]
+    first, second = (draw(k, length) for k, length in [(0, 12), (1, 48)])
+    np.testing.assert_allclose(kernels[0].ravel() * 2**0.5, first[:6], rtol=1e-5)
+    np.testing.assert_allclose(kernels[1].ravel() * 3**0.5, first[6:], rtol=1e-5)
+    np.testing.assert_allclose(kernels[2].ravel() * 2**0.5, second[:4], rtol=1e-5)
 
-    assert jax.eval_shape(draw, KEY()).shape == (LONGEST // 4, 5)
+
+def test_a_kernel_longer_than_any_draw_has_one_of_its_own(monkeypatch):
+    monkeypatch.setattr(initial, "SHORTEST", 4)
+    monkeypatch.setattr(initial, "LONGEST", 8)
+    with long_draws(KEY()):
+        kernels = [np.asarray(lecun_normal(KEY(), shape)) for shape in [(5, 4), (2, 4), (1, 1)]]
+    for k, (kernel, length) in enumerate(zip(kernels, [20, 8, 8])):
+        bare = kernel.ravel() * kernel.shape[0] ** 0.5
+        np.testing.assert_allclose(bare, draw(k, length)[: kernel.size], rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (0, 4), (3, 0)])
+def test_a_shape_that_is_no_kernels_is_refused(shape):
+    with pytest.raises(ValueError, match="must have a shape like"):
+        lecun_normal(KEY(), shape)
 
 
 def test_keys_count_again_after_an_error_within():
@@ -86,23 +104,45 @@ def test_a_state_begins_with_the_laws_of_the_network(fields):
             np.testing.assert_array_equal(found, wanted)
         else:
             drawn += 1
-            assert not np.array_equal(found, wanted)
             assert 0.6 < found.std() / wanted.std() < 1.6
     assert drawn > 20
 
 
-def test_weights_depend_on_the_key_alone():
-    _, params = create_params(KEY())
-    assert_equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+def test_equal_keys_give_equal_weights():
+    create, params = create_params(KEY())
+    assert_equal = partial(jax.tree.map, np.testing.assert_array_equal)
     assert_equal(params, create_params(KEY())[1])
     assert_equal(params, create_params(KEY(), remat=True)[1])
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, params, jax.device_get(create(KEY()).params))  # Without jit.
     other = create_params(jax.random.key(4))[1]
     assert not np.array_equal(params["conv_in"]["kernel"], other["conv_in"]["kernel"])
 
 
-def test_a_state_takes_few_draws():
+@pytest.mark.parametrize("layout", ["fsdp", "data=2,fsdp=4"])
+def test_devices_draw_the_same_weights_without_a_message(layout):
     create, params = create_params(KEY())
+    mesh = sharding.get_mesh(layout)
+    shardings = sharding.get_shardings(mesh, jax.eval_shape(create, KEY()))
+    program = jax.jit(create, out_shardings=shardings).lower(KEY()).compile()
+    messages = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    assert not re.findall(f"({messages})[(]", program.as_text())
+    placed = program(KEY()).params
+    split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(placed)]
+    assert sum(split) > 10
+    # But for rounding, which differs from program to program.
+    close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    jax.tree.map(close, params, jax.device_get(placed))
+
+
+@pytest.mark.parametrize("fields", [{}, {"conditioning": "adaptive"}])
+def test_a_state_takes_few_draws_and_draws_them_once(fields):
+    create, params = create_params(KEY(), **fields)
     kernels = sum(x.ndim > 1 for x in jax.tree.leaves(params))
     program = str(jax.make_jaxpr(create)(KEY()))
+    # A layer with another initializer would have a draw of its own.
     draws = program.count("name=_draw")
     assert 1 <= draws <= 3 < kernels
+    assert draws == program.count("random_bits[")
+    # A barrier for each draw, and one for each place where it is cut.
+    assert program.count("optimization_barrier") == draws + program.count(" dynamic_slice[")
