@@ -62,7 +62,7 @@ def long_draws(key: PRNGKeyArray) -> Iterator[None]:
 
     A compiler writes code for each draw: the default network's 164 kernels and their copies for the
     average took two CPU cores 39 s, and an H100's host 55 s, to compile; ten long draws take 8 and
-    5 s. The first is short and each is four times the one before, so that a small network wastes
+    4 s. The first is short and each is four times the one before, so that a small network wastes
     little; what is too short for the next kernel is left, up to a quarter of all. Every device of a
     mesh draws all numbers and keeps its part of them, without a message.
 
