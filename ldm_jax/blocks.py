@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.initial import lecun_normal
+from ldm_jax.initial import Conv, Dense, lecun_normal
 from ldm_jax.norms import Dropout, get_norm
 
 
@@ -140,7 +140,7 @@ class ResidualBlock(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
-        conv = partial(nn.Conv, self.width, kernel_init=lecun_normal, dtype=self.dtype)
+        conv = partial(Conv, self.width, dtype=self.dtype)
         layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
         norm = get_norm(self.norm, affine=False, **layer)
         residual = x
@@ -150,7 +150,7 @@ class ResidualBlock(nn.Module):
         h = conv(kernel_size=(3, 3), name="conv_0")(h)
         if embedding is not None:
             zeros = nn.initializers.zeros
-            film = nn.Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
+            film = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
             scale, shift = jnp.split(film(embedding)[:, None, None], 2, axis=-1)
             h = (1 + scale) * norm(name="norm_film")(h) + shift
         h = Dropout(self.dropout, self.axis_name)(nn.swish(h), train=train)
@@ -199,8 +199,7 @@ class SpatialAttention(nn.Module):
         projected = h @ kernel + bias[None, None]
         queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
         h = attend(queries, keys, values, heads=self.heads, scaled=self.scaled)
-        out = nn.Dense(width, kernel_init=lecun_normal, dtype=self.dtype, name="out")
-        h = out(h).reshape(x.shape)
+        h = Dense(width, dtype=self.dtype, name="out")(h).reshape(x.shape)
         return norm(name="norm_out")(h)
 
 
@@ -229,7 +228,7 @@ class CrossAttention(nn.Module):
         train: bool = False,
     ) -> Float[Array, "b _ _ c"]:
         b, height, width_px, width = image.shape
-        dense = partial(nn.Dense, kernel_init=lecun_normal, dtype=self.dtype)
+        dense = partial(Dense, dtype=self.dtype)
         layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
         norm, token_norm = (
             get_norm(self.norm, **layer),

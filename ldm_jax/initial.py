@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,10 @@ def lecun_normal(
     numbers = _draw(key, tuple(shape)) if draws is None else draws.cut(shape)
     deviation = np.sqrt(np.float32(1 / math.prod(shape[:-1]))) / _TRUNCATED
     return (numbers * deviation).astype(dtype)
+
+
+Conv = partial(nn.Conv, kernel_init=lecun_normal)
+Dense = partial(nn.Dense, kernel_init=lecun_normal)
 
 
 def init_network(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
-from ldm_jax.initial import lecun_normal
+from ldm_jax.initial import Conv, Dense
 from ldm_jax.norms import GROUP_SIZE, NORMS
 
 CONDITIONINGS = ("token", "adaptive")
@@ -83,8 +83,7 @@ class UNet(nn.Module):
         )
         cond = self._condition(noise_levels, text_embeddings)  # tokens, their mask, embedding
         *widths, bottleneck = self.widths
-        kind = {"kernel_init": lecun_normal, "dtype": self.dtype}
-        x = nn.Conv(widths[0], (1, 1), **kind, name="conv_in")(x_t.astype(self.dtype))
+        x = Conv(widths[0], (1, 1), dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
 
         # Down. The first resolution is without attention.
         skips = []
@@ -101,7 +100,7 @@ class UNet(nn.Module):
         for i, width in enumerate(reversed(widths)):
             x = UpBlock(width, unit=unit, name=f"up_{i}")(x, skips.pop(), *cond, train=train)
 
-        conv_out = nn.Conv(
+        conv_out = Conv(
             self.latent_channels, (1, 1), kernel_init=nn.initializers.zeros, name="conv_out"
         )
         return conv_out(x.astype(jnp.float32))
@@ -112,8 +111,7 @@ class UNet(nn.Module):
             text_embeddings = text_embeddings[:, None]
         b, n, _ = text_embeddings.shape
         mask = jnp.any(text_embeddings != 0, axis=-1) | (jnp.arange(n) == 0)[None, :]
-        kind = {"kernel_init": lecun_normal, "dtype": self.dtype}
-        text = nn.Dense(self.text_features, **kind, name="text")(text_embeddings)
+        text = Dense(self.text_features, dtype=self.dtype, name="text")(text_embeddings)
         level = sinusoidal_embedding(noise_levels, self.noise_emb_dim).astype(self.dtype)
         noise = jnp.broadcast_to(level[:, None], (b, n, self.noise_emb_dim))
         tokens = jnp.concatenate([noise, text], axis=-1)
@@ -122,8 +120,7 @@ class UNet(nn.Module):
 
     def _embed(self, level, text, mask):
         """What scales and shifts all residual blocks: an MLP of noise level and mean token."""
-        width = 4 * self.widths[0]
-        dense = partial(nn.Dense, width, kernel_init=lecun_normal, dtype=self.dtype)
+        dense = partial(Dense, 4 * self.widths[0], dtype=self.dtype)
         pooled = jnp.mean(text, axis=1, where=mask[..., None])
         h = nn.swish(dense(name="embedding_0")(jnp.concatenate([level, pooled], axis=-1)))
         return nn.swish(dense(name="embedding_1")(h))
