@@ -38,6 +38,7 @@ from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
 from ldm_jax.meta import create_meta
 from ldm_jax.noising import get_process
+from ldm_jax.packing import pack_state, unpack
 from ldm_jax.plotting import save_grid
 from ldm_jax.preemption import watch_preemption
 from ldm_jax.profiling import StepWindow
@@ -105,24 +106,26 @@ def _train(config, workdir, profile, preempted):
         embedding_shape=cache.embedding_shape,
     )
 
-    # State: the newest checkpoint's, or a fresh one.
+    # State: the newest checkpoint's, or a fresh one. It is packed, but on the disk.
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
 
     def create_state(key):
         shapes = cache.latent_shape, cache.embedding_shape
         state = training.create_train_state(key, network, optimizer, *shapes)
-        return power_ema.add_averages(state, config.power_ema.sigma_rels)
+        return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
-    shapes = jax.eval_shape(create_state, init_key)
-    state = checkpoint.restore_checkpoint(manager, sharding.place_shapes(mesh, shapes), meta)
+    saved = jax.eval_shape(lambda key: unpack(create_state(key)), init_key)
+    saved = sharding.place_shapes(mesh, saved)
+    state = checkpoint.restore_checkpoint(manager, saved, meta)
     if state is None:
-        shardings = sharding.get_shardings(mesh, shapes)
-        state = jax.jit(create_state, out_shardings=shardings)(init_key)
+        state = sharding.create_placed(mesh, create_state, init_key)
+    else:
+        state = pack_state(state)
     start = int(state.step)
     if leader:
         (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if mesh.shape["fsdp"] > 1:
-            print(sharding.describe_shardings(state.params))
+            print(sharding.describe_shardings(saved.params))
         print(
             f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
             f"{cache.num_examples('train')} training examples, "
@@ -145,7 +148,7 @@ def _train(config, workdir, profile, preempted):
 
     def write_snapshot(step, state):
         """Every host takes part in gathering, one writes."""
-        averages = gather(state.power_emas)
+        averages = unpack(gather(state.power_emas))
         if leader:
             snapshots.save_snapshot(workdir, step, jax.device_get(averages), meta)
 
@@ -248,7 +251,7 @@ def _train(config, workdir, profile, preempted):
             "goes on from there",
             flush=True,
         )
-    return state
+    return unpack(state)
 
 
 def compile_for(config: Any, pod: str) -> bool:

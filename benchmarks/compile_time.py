@@ -40,6 +40,7 @@ def measure(config: Any, batch_size: int) -> dict[str, float]:
 
     from ldm_jax import feed, noising, sharding, training
     from ldm_jax.latents import LatentScale
+    from ldm_jax.packing import pack_state
     from ldm_jax.unet import get_network
 
     def mark(done=None):
@@ -73,11 +74,10 @@ def measure(config: Any, batch_size: int) -> dict[str, float]:
     mark(batch)
 
     def create_state(key):
-        return training.create_train_state(key, network, optimizer, *shapes)
+        return pack_state(training.create_train_state(key, network, optimizer, *shapes))
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    shardings = sharding.get_shardings(mesh, jax.eval_shape(create_state, init_key))
-    state = jax.jit(create_state, out_shardings=shardings)(init_key)
+    state = sharding.create_placed(mesh, create_state, init_key)
     mark(state)
     for _ in range(2):
         state, metrics = train_step(state, step_key, batch)

@@ -21,6 +21,7 @@ import optax
 from benchmarks.processes import run_processes
 from ldm_jax import feed, hosts, sharding, training
 from ldm_jax.latents import LatentScale
+from ldm_jax.packing import pack_state
 from ldm_jax.unet import get_network
 
 LAYOUTS = "1x1,1x4,1x8,2x2,2x4,4x1,4x2"
@@ -56,10 +57,10 @@ def train(layout: str, parallelism: str, steps: int) -> dict[str, np.ndarray]:
     optimizer = optax.sgd(0.02, momentum=0.9)
 
     def create(key):
-        return training.create_train_state(key, network, optimizer, (8, 8, 4), (6,))
+        state = training.create_train_state(key, network, optimizer, (8, 8, 4), (6,))
+        return pack_state(state)
 
-    shardings = sharding.get_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
-    state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+    state = sharding.create_placed(mesh, create, jax.random.key(0))
     train_step = training.get_train_step(
         network, optimizer, LatentScale(2.0), mesh=mesh, parallelism=parallelism
     )

@@ -29,6 +29,7 @@ from benchmarks import rows, timing
 from ldm_jax import feed, sharding, training
 from ldm_jax.flops import STEP, count_flops
 from ldm_jax.latents import LatentScale
+from ldm_jax.packing import pack_state
 from ldm_jax.unet import get_network
 
 ROWS = "ours,ours-remat,ours-accumulate4,torch-one-eager,torch-one-compile,torch-tiled-compile"
@@ -87,11 +88,13 @@ class Trainer:
             name: jax.ShapeDtypeStruct(shape, np.float16, sharding=place)
             for name, shape in self._get_batch_shapes(batch_size).items()
         }
-        return self.get_step(**options).lower(self.state_shapes, jax.random.key(0), batch)
+        packed = jax.eval_shape(pack_state, self.state_shapes)
+        state = sharding.place_shapes(self.mesh, packed)
+        return self.get_step(**options).lower(state, jax.random.key(0), batch)
 
     def get_call(self, step: Any, batch_size: int):
         """A call that takes one step further from a new state; returns its metrics."""
-        state, batch = self.create_state(), self.create_batch(batch_size)
+        state, batch = pack_state(self.create_state()), self.create_batch(batch_size)
         key = jax.random.key(1)
 
         def call():

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax import hosts, records
 from ldm_jax.meta import check_meta
+from ldm_jax.packing import unpack
 from ldm_jax.records import RECORD_ITEM, STATE_ITEM, DamagedError
 from ldm_jax.training import TrainState
 
@@ -115,7 +116,7 @@ def save_checkpoint(
 
     Args:
         manager: see `open_checkpoints`.
-        state: on any mesh; every process calls with its part.
+        state: on any mesh, packed or not; every process calls with its part. It is saved as trees.
         meta: see `meta.create_meta`.
         held_out_loss: of the averaged weights, by which the best checkpoint is known.
 
@@ -124,6 +125,7 @@ def save_checkpoint(
         SaveError: if it could not be written, or the one before it.
         ValueError: if a checkpoint of this step or a later one is there, or a tensor is empty.
     """
+    state = unpack(state)
     _check_space(manager.directory, sum(x.nbytes for x in jax.tree.leaves(state)))
     record = records.create_record(meta, state, held_out_loss)
     items = {STATE_ITEM: ocp.args.StandardSave(state), RECORD_ITEM: ocp.args.JsonSave(record)}

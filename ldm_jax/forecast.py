@@ -19,6 +19,7 @@ from ldm_jax import power_ema, sharding, training
 from ldm_jax.chips import CHIPS, Message, Target, estimate_seconds
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import get_process
+from ldm_jax.packing import pack_state
 from ldm_jax.unet import get_network
 
 UTILISATION = 0.4  # Of the peak, in convolutions and products; what well-kept training reaches.
@@ -140,7 +141,7 @@ def forecast_step(config: Any, target: Target, embedding_shape: tuple[int, ...])
 
     def create(key):
         state = training.create_train_state(key, network, optimizer, fields, embedding_shape)
-        return power_ema.add_averages(state, config.power_ema.sigma_rels)
+        return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = sharding.place_shapes(mesh, jax.eval_shape(create, key))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PRNGKeyArray
 
 from ldm_jax import graphs, messages
 
@@ -98,6 +99,12 @@ def get_spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
 def get_shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of each array of a train state, by its shape alone."""
     return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
+
+
+def create_placed(mesh: Mesh, create: Callable[[Any], Any], rng: PRNGKeyArray) -> Any:
+    """create(rng) under jit, each array of which is made where `get_shardings` wants it."""
+    shardings = get_shardings(mesh, jax.eval_shape(create, rng))
+    return jax.jit(create, out_shardings=shardings)(rng)
 
 
 def place_shapes(mesh: Mesh, tree: Any) -> Any:

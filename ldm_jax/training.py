@@ -20,13 +20,14 @@ from ldm_jax.initial import init_network
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import ForwardProcess
 from ldm_jax.objectives import Objective
+from ldm_jax.packing import pack_like, unpack
 
 DECAYS = ("constant", "cosine")
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run carries from step to step.
+    """All that a run carries from step to step, as trees or as `packing.pack_state` packs them.
 
     Attributes:
         step: number of steps taken, int32.
@@ -47,7 +48,7 @@ class TrainState:
     @property
     def ema_variables(self) -> dict:
         """The averaged weights with their statistics, as a network's variables."""
-        return {"params": self.ema_params, "batch_stats": self.ema_batch_stats}
+        return unpack({"params": self.ema_params, "batch_stats": self.ema_batch_stats})
 
     def update_more(self) -> "TrainState":
         """The end of a step, for states that carry more than this one."""
@@ -134,7 +135,8 @@ def get_loss(
     Without one it is the mean absolute error of the estimate of x_0, whatever the network's target:
     the original's loss, and the one by which trainings with other choices can be compared.
 
-    Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats). A batch holds
+    Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats), of trees that may be
+    `Packed`, and come back as they came. A batch holds
     "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
     and "text_embeddings" (b, e) or (b, n, e); float32, or float16 as a cache stores them.
     """
@@ -142,7 +144,7 @@ def get_loss(
     def loss_fn(params, batch_stats, rng, batch):
         sample_key, dropout_key = jax.random.split(rng)
         drawn = corrupt(sample_key, batch, scale, process, label_dropout, axis_name)
-        variables = {"params": params, "batch_stats": batch_stats}
+        variables = unpack({"params": params, "batch_stats": batch_stats})
         output, updates = network.apply(
             variables,
             drawn.x_t,
@@ -157,7 +159,9 @@ def get_loss(
             loss = jnp.mean(jnp.abs(x_zero - drawn.latents))
         else:
             loss = objective(output, drawn.target, drawn.noise_levels, process)
-        return loss, updates.get("batch_stats", {}) if train else batch_stats
+        if not train:
+            return loss, batch_stats
+        return loss, pack_like(batch_stats, updates.get("batch_stats", {}))
 
     return loss_fn
 

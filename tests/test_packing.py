@@ -1,0 +1,165 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from states import create_meta, create_small_state, target_of
+
+from ldm_jax import checkpoint, sharding
+from ldm_jax.feed import shard_batch
+from ldm_jax.latents import LatentScale
+from ldm_jax.packing import Packed, pack, pack_like, pack_state, unpack
+from ldm_jax.power_ema import add_averages
+from ldm_jax.training import create_train_state, get_eval_step, get_optimizer, get_train_step
+from ldm_jax.unet import get_network
+
+FIELDS = {"widths": (8, 16), "text_features": 32}
+
+
+def create_tree():
+    return {
+        "bias": jnp.arange(3.0),
+        "kernel": jnp.ones((2, 4)),
+        "half": jnp.ones(5, jnp.bfloat16),
+        "layer": {"scale": jnp.float32(7), "count": jnp.int32(2)},
+        "variance": jnp.arange(2.0) + 10,
+    }
+
+
+def create_state(key, network=None, optimizer=None, sigma_rels=()):
+    network = network or get_network(8, 1, 6, **FIELDS)
+    optimizer = optimizer or get_optimizer(steps=10)
+    state = create_train_state(key, network, optimizer, (8, 8, 4), (6,))
+    # The last layer starts at zero, which would keep all others still.
+    state.params["conv_out"]["kernel"] += 0.1
+    return add_averages(state, sigma_rels)
+
+
+def count_leaves(tree):
+    return len(jax.tree.leaves(tree))
+
+
+def test_vectors_and_scalars_lie_in_one_array_in_the_order_of_the_tree():
+    packed = pack(create_tree())
+    np.testing.assert_array_equal(packed.vector, [0, 1, 2, 7, 10, 11])
+    assert [x.shape for x in packed.arrays] == [(5,), (2, 4), ()]
+    assert [x.dtype for x in packed.arrays] == [jnp.bfloat16, jnp.float32, jnp.int32]
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit])
+def test_unpacking_gives_back_the_tree(transform):
+    tree = create_tree()
+    chex.assert_trees_all_equal_shapes_and_dtypes(transform(lambda x: unpack(pack(x)))(tree), tree)
+    chex.assert_trees_all_equal(transform(unpack)({"a": pack(tree), "b": jnp.ones(2)})["a"], tree)
+
+
+def test_a_tree_without_two_vectors_stays_as_it_is():
+    for tree in ({}, {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, pack(create_tree())):
+        assert pack(tree) is tree
+
+
+def test_a_tree_is_packed_like_another():
+    tree = create_tree()
+    assert pack_like(tree, tree) is tree
+    assert isinstance(pack_like(pack(tree), tree), Packed)
+
+
+def test_gradients_with_respect_to_a_packed_tree_are_those_of_the_tree():
+    def loss(tree):
+        tree = unpack(tree)
+        return jnp.sum(tree["bias"] ** 2) * tree["layer"]["scale"] + jnp.sum(tree["kernel"] ** 3)
+
+    tree = {"bias": jnp.arange(3.0), "kernel": jnp.ones((2, 4)), "layer": {"scale": jnp.ones(())}}
+    chex.assert_trees_all_equal(unpack(jax.grad(loss)(pack(tree))), jax.grad(loss)(tree))
+
+
+def test_a_state_is_packed_with_moments_averages_and_statistics():
+    state = jax.jit(partial(create_state, sigma_rels=(0.05, 0.1)))(jax.random.key(0))
+    packed = pack_state(state)
+    shape = jax.tree.structure(packed.params)
+    adam = packed.opt_state[0]
+    for part in (packed.ema_params, adam.mu, adam.nu, packed.power_emas["0.05"]["params"]):
+        assert isinstance(part, Packed) and jax.tree.structure(part) == shape
+    for part in (packed.batch_stats, packed.ema_batch_stats, packed.power_emas["0.1"]["params"]):
+        assert isinstance(part, Packed)
+    assert not packed.batch_stats.arrays
+    chex.assert_trees_all_equal(unpack(packed), state)
+    chex.assert_trees_all_equal(packed.ema_variables, state.ema_variables)
+
+
+def test_the_default_networks_state_has_669_arrays_in_place_of_2271():
+    network, optimizer = get_network(16), get_optimizer(steps=10)
+    create = lambda key: create_train_state(key, network, optimizer, (16, 16, 4), (512,))  # noqa: E731
+    state = jax.eval_shape(create, jax.random.key(0))
+    assert count_leaves(state) == 2271
+    assert count_leaves(jax.eval_shape(pack_state, state)) == 669
+
+
+def draw_batch(k, size=8):
+    rng = np.random.default_rng(k)
+    return {
+        "latents_mean": rng.standard_normal((size, 8, 8, 4)).astype(np.float32),
+        "text_embeddings": rng.standard_normal((size, 6)).astype(np.float32),
+    }
+
+
+def train(prepare, mesh, fields, optimizer, **options):
+    """Three steps from prepare(state): metrics and held-out loss of each, and the last state."""
+    network = get_network(8, 1, 6, **FIELDS, **fields)
+
+    def create(key):
+        return prepare(create_state(key, network, optimizer, (0.1,)))
+
+    state = sharding.create_placed(mesh, create, jax.random.key(0))
+    step = get_train_step(network, optimizer, LatentScale(2.0), mesh=mesh, **options)
+    evaluate = get_eval_step(network, LatentScale(2.0), mesh=mesh)
+    found = []
+    for k in range(3):
+        batch = shard_batch(mesh, draw_batch(k))
+        state, metrics = step(state, jax.random.key(1), batch)
+        found.append((metrics, evaluate(state, jax.random.key(2), batch)))
+    return jax.device_get(found), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "fields", "options"),
+    [
+        ("data=1", {}, {}),
+        ("data=1", {}, {"accumulate": 2}),
+        ("data=1", {"norm": "rms"}, {}),
+        ("data=2,fsdp=2", {}, {}),
+        ("data=4", {}, {"parallelism": "pmap"}),
+    ],
+    ids=["one device", "accumulate", "without statistics", "both", "pmap"],
+)
+def test_a_packed_state_trains_as_its_trees_do(layout, fields, options):
+    devices = 1 if layout == "data=1" else 4
+    mesh = sharding.get_mesh(layout, jax.devices()[:devices])
+    # SGD, since Adam would divide the gradients that are rounding noise by themselves.
+    arguments = mesh, fields, optax.sgd(0.05, momentum=0.9)
+    expected, trees = train(lambda state: state, *arguments, **options)
+    found, packed = train(pack_state, *arguments, **options)
+    assert isinstance(packed.params, Packed) and count_leaves(packed) < count_leaves(trees) / 2
+    chex.assert_trees_all_close(found, expected, rtol=1e-4)
+    values = jax.device_get(unpack(packed))
+    chex.assert_trees_all_close(values, jax.device_get(trees), rtol=1e-3, atol=1e-5)
+    assert expected[2][0]["loss"] != expected[0][0]["loss"]
+    for leaf in jax.tree.leaves(packed):
+        place = jax.sharding.NamedSharding(mesh, sharding.get_spec(mesh, leaf.shape))
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_a_packed_state_is_saved_as_its_trees(tmp_path):
+    state = create_small_state()
+    state = state.replace(params=state.params | {"shift": jnp.arange(4.0)})
+    packed = pack_state(state)
+    assert isinstance(packed.params, Packed)
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save_checkpoint(manager, packed, create_meta())
+        manager.wait_until_finished()
+        restored = checkpoint.restore_checkpoint(manager, target_of(state), create_meta())
+    chex.assert_trees_all_equal(restored, state)
