@@ -114,8 +114,8 @@ def _train(config, workdir, profile, preempted):
         state = training.create_train_state(key, network, optimizer, *shapes)
         return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
-    saved = jax.eval_shape(lambda key: unpack(create_state(key)), init_key)
-    saved = sharding.place_shapes(mesh, saved)
+    shapes = jax.eval_shape(create_state, init_key)
+    saved = sharding.place_shapes(mesh, jax.eval_shape(unpack, shapes))
     state = checkpoint.restore_checkpoint(manager, saved, meta)
     if state is None:
         state = sharding.create_placed(mesh, create_state, init_key)

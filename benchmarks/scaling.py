@@ -12,7 +12,7 @@ Prints a markdown table for each part:
     sample       see spread_sampling.py; against the first row, whether the noise is the same bit
                  for bit, and how far the latents differ
     checkpoint   a small state, saved from all devices (fsdp), restored on each number of them
-    processes    the data-parallel step of the largest size in one process for each device
+    processes    as train, in one process for each device
 
 `efficiency` is img/s a device against one device of the same part. `messages MB` are bytes of
 the collectives in the compiled program; `collective ms` and `busy ms` what a device spends of a
@@ -74,15 +74,21 @@ def measure_step(trainer: Trainer, size: int, options: argparse.Namespace, futur
     )
 
 
+def choose_ways(options: argparse.Namespace, devices: int) -> list[str]:
+    """Those of --ways that so many devices have; of two, "both" would be "fsdp"."""
+    asked = options.ways.split(",")
+    return [way for way in get_ways(devices) if way in asked and (way != "both" or devices > 2)]
+
+
 def train(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
     """A row for each size, number of devices and way."""
     ways, trainers = {}, {}
     for devices in options.counts:
-        for way, (layout, parallelism) in get_ways(devices).items():
-            if way in options.ways.split(",") and (way != "both" or devices > 2):
-                ways[devices, way] = layout, parallelism
-                mesh = sharding.get_mesh(layout, jax.devices()[:devices])
-                trainers.setdefault((devices, layout), Trainer(fields, mesh))
+        for way in choose_ways(options, devices):
+            layout, parallelism = get_ways(devices)[way]
+            ways[devices, way] = layout, parallelism
+            mesh = sharding.get_mesh(layout, jax.devices()[:devices])
+            trainers.setdefault((devices, layout), Trainer(fields, mesh))
     compiled = timing.compile_all(
         {
             (size, devices, way): partial(trainers[devices, layout].lower, size * devices)
@@ -151,24 +157,27 @@ def run_process(options: argparse.Namespace, fields: dict) -> None:
     count = int(os.environ["NUM_PROCESSES"])
     if count > 1:
         hosts.join_hosts(os.environ["COORDINATOR"], count, number)
-    trainer, [size] = Trainer(fields, sharding.get_mesh()), options.sizes
-    compiled = timing.compile_all({size: partial(trainer.lower, size * count)})
-    row = measure_step(trainer, size, options, compiled[size])
+    layout, parallelism = get_ways(count)[options.ways]
+    trainer, [size] = Trainer(fields, sharding.get_mesh(layout)), options.sizes
+    future = None
+    if parallelism == "jit":
+        future = timing.compile_all({size: partial(trainer.lower, size * count)})[size]
+    row = measure_step(trainer, size, options, future)
     if hosts.is_leader():
         print("\n" + json.dumps(row), flush=True)
 
 
 def join(table: timing.Table, options: argparse.Namespace, fields: dict) -> None:
-    """A row for each number of processes."""
-    efficiency, size = timing.Efficiency(), max(options.sizes)
+    """A row for each size, number of processes and way."""
+    efficiency = timing.Efficiency()
     environment: dict[str, str] = {}
     if not options.tiny:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {name: os.environ.get(name, "") for name in ("JAX_PLATFORMS", "XLA_FLAGS")}
         environment |= {"PYTHONPATH": os.pathsep.join(paths)}
 
-    def work(devices):
-        command = [sys.executable, "-m", "benchmarks.scaling", "--part_of_job"]
+    def work(devices, way, size):
+        command = [sys.executable, "-m", "benchmarks.scaling", "--part_of_job", f"--ways={way}"]
         command += [f"--batch_a_device={size}", f"--repeats={options.repeats}"]
         command += [f"--calls={options.calls}", *(["--tiny"] if options.tiny else [])]
         done = run_processes([command] * devices, 1, timeout=400, **environment)
@@ -178,9 +187,11 @@ def join(table: timing.Table, options: argparse.Namespace, fields: dict) -> None
         line = next(line for line in done[0][1].splitlines() if line.startswith("{"))
         return efficiency(json.loads(line), devices, size)
 
-    for devices in options.counts:
-        about = {"work": "processes", "devices": devices, "way": "data", "size": size}
-        table.attempt(about, work, devices)
+    for size in options.sizes:
+        for devices in options.counts:
+            for way in choose_ways(options, devices):
+                about = {"work": "processes", "devices": devices, "way": way, "size": size}
+                table.attempt(about, work, devices, way, size)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
