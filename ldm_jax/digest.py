@@ -18,17 +18,20 @@ SALTS = (0x9E3779B9, 0x7F4A7C15)
 def get_digests(tree: Any) -> dict[str, str]:
     """The digest of each leaf under its path, such as "params/Conv_0/kernel".
 
-    Computed where the leaves live, and fetched one at a time: programs that add up over virtual
-    devices can block each other when several are queued. Every process of a run must call it.
+    Computed where the leaves live, and fetched together. Those of leaves that are split over
+    devices are waited for one at a time: programs that add up over virtual devices can block each
+    other when several are queued. Every process of a run must call it.
     """
-    digests = {}
+    found = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
             leaf = leaf.addressable_data(0)  # Each process looks at a copy of its own.
-        words = jax.device_get(_digest_leaf(leaf, _get_output_sharding(leaf)))
+        sharding = _get_output_sharding(leaf)
+        words = _digest_leaf(leaf, sharding)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digests[name] = "".join(f"{word:08x}" for word in words)
-    return digests
+        found[name] = words if sharding is None else jax.block_until_ready(words)
+    found = jax.device_get(found)
+    return {name: "".join(f"{word:08x}" for word in words) for name, words in found.items()}
 
 
 @partial(jax.jit, static_argnames="sharding")
