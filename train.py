@@ -106,7 +106,7 @@ def _train(config, workdir, profile, preempted):
         embedding_shape=cache.embedding_shape,
     )
 
-    # State: the newest checkpoint's, or a fresh one. It is packed, but on the disk.
+    # State: the newest checkpoint's, or a fresh one; packed everywhere but on the disk.
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
 
     def create_state(key):
@@ -115,17 +115,15 @@ def _train(config, workdir, profile, preempted):
         return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
     shapes = jax.eval_shape(create_state, init_key)
-    saved = sharding.place_shapes(mesh, jax.eval_shape(unpack, shapes))
-    state = checkpoint.restore_checkpoint(manager, saved, meta)
+    placed = sharding.place_shapes(mesh, shapes)
+    state = checkpoint.restore_checkpoint(manager, placed, meta)
     if state is None:
         state = sharding.create_placed(mesh, create_state, init_key)
-    else:
-        state = pack_state(state)
     start = int(state.step)
     if leader:
         (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if mesh.shape["fsdp"] > 1:
-            print(sharding.describe_shardings(saved.params))
+            print(sharding.describe_shardings(unpack(placed.params)))
         print(
             f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
             f"{cache.num_examples('train')} training examples, "
@@ -148,9 +146,9 @@ def _train(config, workdir, profile, preempted):
 
     def write_snapshot(step, state):
         """Every host takes part in gathering, one writes."""
-        averages = unpack(gather(state.power_emas))
+        averages = gather(state.power_emas)
         if leader:
-            snapshots.save_snapshot(workdir, step, jax.device_get(averages), meta)
+            snapshots.save_snapshot(workdir, step, unpack(jax.device_get(averages)), meta)
 
     if profiled and leader:
         snapshots.drop_later(workdir, start)

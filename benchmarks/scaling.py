@@ -12,7 +12,7 @@ Prints a markdown table for each part:
     sample       see spread_sampling.py; against the first row, whether the noise is the same bit
                  for bit, and how far the latents differ
     checkpoint   a small state, saved from all devices (fsdp), restored on each number of them
-    processes    as train, in one process for each device
+    processes    as train, in one process for each device: a job for each row, so name few --ways
 
 `efficiency` is img/s a device against one device of the same part. `messages MB` are bytes of
 the collectives in the compiled program; `collective ms` and `busy ms` what a device spends of a
@@ -75,8 +75,11 @@ def measure_step(trainer: Trainer, size: int, options: argparse.Namespace, futur
 
 
 def choose_ways(options: argparse.Namespace, devices: int) -> list[str]:
-    """Those of --ways that so many devices have; of two, "both" would be "fsdp"."""
-    asked = options.ways.split(",")
+    """Those of --ways that so many devices have; of two, "both" would be "fsdp".
+
+    One device always has "data", with which the others are compared.
+    """
+    asked = options.ways.split(",") + (["data"] if devices == 1 else [])
     return [way for way in get_ways(devices) if way in asked and (way != "both" or devices > 2)]
 
 

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax import hosts, records
 from ldm_jax.meta import check_meta
-from ldm_jax.packing import unpack
+from ldm_jax.packing import pack_state, unpack
 from ldm_jax.records import RECORD_ITEM, STATE_ITEM, DamagedError
 from ldm_jax.training import TrainState
 
@@ -155,7 +155,7 @@ def restore_checkpoint(manager: Checkpoints, target: TrainState, meta: dict) -> 
     Args:
         manager: see `open_checkpoints`.
         target: a state of ShapeDtypeStructs with shardings, where the result will live: on any
-            mesh, not only the one that saved.
+            mesh, not only the one that saved. Packed, if the result shall be.
         meta: of the run that goes on.
 
     Raises:
@@ -163,11 +163,13 @@ def restore_checkpoint(manager: Checkpoints, target: TrainState, meta: dict) -> 
         DamagedError: if there are checkpoints and none is whole. They stay where they are.
     """
     faults: dict[int, str] = {}
+    trees = unpack(target)  # As it was saved.
+    packed = jax.tree.structure(trees) != jax.tree.structure(target)
     for step in reversed(records.list_steps(manager.directory)):
-        state, fault = _restore_step(manager.directory, step, target, meta)
+        state, fault = _restore_step(manager.directory, step, trees, meta)
         if fault is None:
             _set_aside(manager, faults, f"the run goes back to step {step}")
-            return state
+            return pack_state(state) if packed else state
         faults[step] = fault
     if any(fault != EMPTY for fault in faults.values()):
         found = "; ".join(f"step {step}: {fault}" for step, fault in faults.items())

@@ -22,16 +22,15 @@ def get_digests(tree: Any) -> dict[str, str]:
     devices are waited for one at a time: programs that add up over virtual devices can block each
     other when several are queued. Every process of a run must call it.
     """
-    found = {}
+    digests = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.Array) and leaf.is_fully_replicated:
+        split = isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+        if isinstance(leaf, jax.Array) and not split:
             leaf = leaf.addressable_data(0)  # Each process looks at a copy of its own.
-        sharding = _get_output_sharding(leaf)
-        words = _digest_leaf(leaf, sharding)
+        words = _digest_leaf(leaf, _get_output_sharding(leaf))
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found[name] = words if sharding is None else jax.block_until_ready(words)
-    found = jax.device_get(found)
-    return {name: "".join(f"{word:08x}" for word in words) for name, words in found.items()}
+        digests[name] = jax.block_until_ready(words) if split else words
+    return {k: "".join(f"{word:08x}" for word in v) for k, v in jax.device_get(digests).items()}
 
 
 @partial(jax.jit, static_argnames="sharding")

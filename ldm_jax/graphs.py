@@ -89,7 +89,8 @@ def _can_record_convolutions(devices: tuple) -> bool:
     """Whether a convolution and its gradients run from a graph on each of these GPUs.
 
     They run without one first: what cuDNN sets up for a device at its first convolution cannot be
-    recorded. Which kernels they run is of no matter, and not tried: 0.5 instead of 4 s. A device that was left out would fail in the first step, while the others wait for it.
+    recorded, whichever kernel is chosen. So none are tried: the check takes 0.5 instead of 4 s. A
+    device that was left out would fail in the first step, while the others wait for it.
     """
     recorded = {FLAG: RECORDED, "xla_gpu_graph_min_graph_size": 1}
     try:

@@ -1,7 +1,7 @@
 """What devices send each other in a step: parts of weights => whole weights, gradients => means.
 
 It is called inside shard_map or pmap, by `sharding.get_gradients`. Arrays travel in buckets (Li et
-al. 2020, PyTorch Distributed), those of the last layers first. XLA for GPUs packs messages too, but
+al. 2020, PyTorch Distributed), from the last to the first. XLA for GPUs packs messages too, but
 after it has fused everything else, so that each array is then copied out by a kernel of its own;
 out of these buckets, Adam reads its gradients.
 """

@@ -1,9 +1,9 @@
 """A tree with many vectors => the same tree with all of them in one array, and back.
 
 Of the default network's 474 weights 309 are vectors, which hold 0.1 % of its numbers. With them as
-one array, and their moments, their averages and the batch norms' statistics likewise, a training
-step takes and gives 669 arrays instead of 2 271. That is what keeps a host busy between two steps;
-and each of these arrays is updated by one kernel.
+one array, and their moments, their averages and the batch norms' statistics likewise, a train state
+is 669 arrays instead of 2 271. Between two steps a host looks after each of them; at a batch of 256
+that took it longer than the GPU needs for the step.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
@@ -22,7 +23,8 @@ from jaxtyping import Array, Float
 class Packed:
     """A tree of arrays whose float32 vectors and scalars lie one after the other in one vector.
 
-    To optax, averages and shardings it is a tree of fewer arrays. `unpack` gives the tree back.
+    It shares all other arrays with the tree that it was made of. To optax, averages and shardings
+    it is a tree of fewer arrays; `unpack` gives the tree back.
 
     Attributes:
         arrays: all other leaves, in the tree's order.
@@ -37,20 +39,22 @@ class Packed:
     shapes: tuple[tuple[int, ...] | None, ...] = flax.struct.field(pytree_node=False)
 
 
-def pack(tree: Any) -> Any:
-    """A tree of arrays as `Packed`; one without two vectors to put together stays as it is."""
+def pack(tree: Any, model: Any = None) -> Any:
+    """A tree of arrays as `Packed`; one with fewer than two vectors stays as it is.
+
+    Args:
+        tree: of arrays.
+        model: a tree of the same shapes, whose float32 vectors say which leaves are put together,
+            whatever their dtype in `tree`; None for the tree itself.
+    """
     leaves, structure = jax.tree.flatten(tree)
-    shapes = tuple(x.shape if _is_short(x) else None for x in leaves)
+    models = leaves if model is None else jax.tree.leaves(model)
+    shapes = tuple(x.shape if _is_vector(x) else None for x in models)
     vectors = [x.ravel() for x, shape in zip(leaves, shapes) if shape is not None]
     if len(vectors) < 2:
         return tree
     arrays = tuple(x for x, shape in zip(leaves, shapes) if shape is None)
     return Packed(arrays, jnp.concatenate(vectors), structure, shapes)
-
-
-def unpack(tree: Any) -> Any:
-    """The tree with each `Packed` in it as what it was made of; all other leaves are passed on."""
-    return jax.tree.map(lambda x: _unpack(x) if _is_packed(x) else x, tree, is_leaf=_is_packed)
 
 
 def pack_like(model: Any, tree: Any) -> Any:
@@ -62,34 +66,79 @@ def pack_state(state: Any) -> Any:
     """A TrainState with its weights, its statistics and all that is shaped like either `Packed`.
 
     That is averages and an optimizer's moments. The step of `training.get_train_step` takes a state
-    as it comes, packed or not, and gives it back the same way and with the same numbers. What it
-    does for speed is in docs/performance.md.
+    as it comes, packed or not, and gives it back the same way. Its numbers are the same but for the
+    order in which the gradient's norm is added up, if the optimizer treats each number alike, or by
+    the norm of all, as those of `training.get_optimizer` do. One that looks at each array by
+    itself, such as LAMB, would take all vectors for one. Figures are in docs/performance.md.
+
+    Raises:
+        ValueError: for moments in the structure of the weights, but in other shapes (Adafactor).
     """
-    wanted = {jax.tree.structure(part) for part in (state.params, state.batch_stats)}
-    is_part = lambda x: jax.tree.structure(x) in wanted  # noqa: E731
-    return jax.tree.map(lambda x: pack(x) if is_part(x) else x, state, is_leaf=is_part)
+    models = [tree for tree in (state.params, state.batch_stats) if _count_vectors(tree) > 1]
+
+    def find_models(tree):
+        structure = jax.tree.structure(tree)
+        return [model for model in models if jax.tree.structure(model) == structure]
+
+    def pack_part(tree):
+        found = find_models(tree)
+        if not found:
+            return tree
+        shapes = [x.shape for x in jax.tree.leaves(tree)]
+        for model in found:
+            if [x.shape for x in jax.tree.leaves(model)] == shapes:
+                return pack(tree, model)
+        raise ValueError(
+            "pack_state requires an optimizer whose moments have the shapes of the weights, got "
+            f"{shapes}"
+        )
+
+    return jax.tree.map(pack_part, state, is_leaf=lambda x: bool(find_models(x)))
 
 
-def _is_short(x):
+def unpack(tree: Any) -> Any:
+    """The tree with each `Packed` in it as what it was made of; all other leaves are passed on.
+
+    Of arrays, of numpy's, which stay numpy's, or of ShapeDtypeStructs, whose shardings are kept.
+    """
+    return jax.tree.map(lambda x: _unpack(x) if _is_packed(x) else x, tree, is_leaf=_is_packed)
+
+
+def _unpack(packed):
+    vectors = iter(_split(packed.vector, [shape for shape in packed.shapes if shape is not None]))
+    arrays = iter(packed.arrays)
+    leaves = [next(arrays) if shape is None else next(vectors) for shape in packed.shapes]
+    return packed.structure.unflatten(leaves)
+
+
+def _split(vector, shapes):
+    """Arrays of these shapes, which follow one another in the vector."""
+    if isinstance(vector, jax.ShapeDtypeStruct):
+        dtype, place = vector.dtype, vector.sharding
+        return [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    ends = list(itertools.accumulate(sizes))
+    if isinstance(vector, np.ndarray):
+        parts = np.split(vector, ends[:-1])
+    elif isinstance(vector, Tracer):
+        parts = jax.lax.split(vector, sizes)
+    else:  # 309 slices in one program compile for 3 s on two CPU cores, a program a size for 0.2 s.
+        parts = [_slice(vector, end - size, size) for end, size in zip(ends, sizes)]
+    return [part.reshape(shape) for part, shape in zip(parts, shapes)]
+
+
+@partial(jax.jit, static_argnums=2)
+def _slice(vector, start, size):
+    return jax.lax.dynamic_slice(vector, (start,), (size,))
+
+
+def _count_vectors(tree):
+    return sum(map(_is_vector, jax.tree.leaves(tree)))
+
+
+def _is_vector(x):
     return x.ndim < 2 and x.dtype == jnp.float32
 
 
 def _is_packed(x):
     return isinstance(x, Packed)
-
-
-def _unpack(packed):
-    sizes = [math.prod(shape) for shape in packed.shapes if shape is not None]
-    if isinstance(packed.vector, Tracer):
-        cuts = jax.lax.split(packed.vector, sizes)
-    else:  # One program of all cuts takes two CPU cores 3 s to compile, one for each size 0.1 s.
-        starts = itertools.accumulate(sizes, initial=0)
-        cuts = [_cut(packed.vector, start, size) for start, size in zip(starts, sizes)]
-    vectors, arrays = iter(cuts), iter(packed.arrays)
-    leaves = [next(arrays) if s is None else next(vectors).reshape(s) for s in packed.shapes]
-    return packed.structure.unflatten(leaves)
-
-
-@partial(jax.jit, static_argnums=2)
-def _cut(vector, start, size):
-    return jax.lax.dynamic_slice(vector, (start,), (size,))

@@ -101,8 +101,14 @@ def get_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
 
 
-def create_placed(mesh: Mesh, create: Callable[[Any], Any], rng: PRNGKeyArray) -> Any:
-    """create(rng) under jit, each array of which is made where `get_shardings` wants it."""
+def create_placed(mesh: Mesh, create: Callable[[PRNGKeyArray], Any], rng: PRNGKeyArray) -> Any:
+    """create(rng), jitted, with each array made where `get_shardings` places it.
+
+    Args:
+        mesh: of `get_mesh`.
+        create: key => a train state.
+        rng: key, consumed.
+    """
     shardings = get_shardings(mesh, jax.eval_shape(create, rng))
     return jax.jit(create, out_shardings=shardings)(rng)
 

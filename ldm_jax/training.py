@@ -135,10 +135,10 @@ def get_loss(
     Without one it is the mean absolute error of the estimate of x_0, whatever the network's target:
     the original's loss, and the one by which trainings with other choices can be compared.
 
-    Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats), of trees that may be
-    `Packed`, and come back as they came. A batch holds
-    "latents_mean" (b, h, w, c), raw; "latents_std", likewise, if the VAE's moments are known;
-    and "text_embeddings" (b, e) or (b, n, e); float32, or float16 as a cache stores them.
+    Returns loss(params, batch_stats, rng, batch) -> (loss, batch_stats). Either tree may be
+    `Packed`; the statistics come back as they came. A batch holds "latents_mean" (b, h, w, c), raw;
+    "latents_std", likewise, if the VAE's moments are known; and "text_embeddings" (b, e) or
+    (b, n, e); float32, or float16 as a cache stores them.
     """
 
     def loss_fn(params, batch_stats, rng, batch):

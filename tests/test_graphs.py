@@ -76,6 +76,7 @@ def test_each_device_of_the_program_is_tried_and_no_other(on_gpu, monkeypatch):
     tried, convolve = [], graphs._convolve
 
     def spy(devices, options):
+        assert options["xla_gpu_autotune_level"] == 0
         gradients = convolve(devices, options)
         tried.append(gradients[0].sharding.device_set)
         for gradient in gradients:

@@ -67,6 +67,19 @@ def test_a_tree_is_packed_like_another():
     assert isinstance(pack_like(pack(tree), tree), Packed)
 
 
+def test_numpys_arrays_stay_numpys_and_shapes_keep_their_shardings():
+    tree, packed = create_tree(), pack(create_tree())
+    found = unpack(jax.device_get(packed))
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
+    chex.assert_trees_all_equal(found, jax.device_get(tree))
+    mesh = sharding.get_mesh()
+    expected = jax.tree.leaves(sharding.place_shapes(mesh, tree))
+    found = jax.tree.leaves(unpack(sharding.place_shapes(mesh, packed)))
+    assert [(x.shape, x.dtype, x.sharding) for x in found] == [
+        (x.shape, x.dtype, x.sharding) for x in expected
+    ]
+
+
 def test_gradients_with_respect_to_a_packed_tree_are_those_of_the_tree():
     def loss(tree):
         tree = unpack(tree)
@@ -88,6 +101,25 @@ def test_a_state_is_packed_with_moments_averages_and_statistics():
     assert not packed.batch_stats.arrays
     chex.assert_trees_all_equal(unpack(packed), state)
     chex.assert_trees_all_equal(packed.ema_variables, state.ema_variables)
+
+
+def test_moments_of_another_dtype_are_packed_as_the_weights_are():
+    optimizer = optax.adam(1e-3, mu_dtype=jnp.bfloat16)
+    state = jax.jit(partial(create_state, optimizer=optimizer))(jax.random.key(0))
+    packed = pack_state(state)
+    assert packed.opt_state[0].mu.vector.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(unpack(packed), state)
+    updates, _ = optimizer.update(packed.params, packed.opt_state, packed.params)
+    expected, _ = optimizer.update(state.params, state.opt_state, state.params)
+    chex.assert_trees_all_close(unpack(updates), expected, rtol=1e-6)
+
+
+def test_an_optimizer_with_moments_of_other_shapes_is_refused():
+    def create(key):
+        return pack_state(create_state(key, optimizer=optax.adafactor(1e-3)))
+
+    with pytest.raises(ValueError, match="have the shapes of the weights, got "):
+        jax.eval_shape(create, jax.random.key(0))
 
 
 def test_the_default_networks_state_has_669_arrays_in_place_of_2271():
@@ -148,9 +180,52 @@ def test_a_packed_state_trains_as_its_trees_do(layout, fields, options):
     values = jax.device_get(unpack(packed))
     chex.assert_trees_all_close(values, jax.device_get(trees), rtol=1e-3, atol=1e-5)
     assert expected[2][0]["loss"] != expected[0][0]["loss"]
-    for leaf in jax.tree.leaves(packed):
-        place = jax.sharding.NamedSharding(mesh, sharding.get_spec(mesh, leaf.shape))
-        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_clipped_adam_updates_a_packed_tree_as_the_tree():
+    optimizer = get_optimizer(0.1, steps=10, clip_norm=0.5)
+    state = jax.jit(partial(create_state, optimizer=optimizer))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), state.params)
+
+    def update(state, grads):
+        for _ in range(3):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            state = state.replace(params=params, opt_state=opt_state)
+        return state
+
+    found = unpack(jax.jit(update)(pack_state(state), pack(grads)))
+    expected = jax.jit(update)(state, grads)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), expected.params, state.params)
+    assert min(jax.tree.leaves(moved)) > 0.1
+
+
+@pytest.mark.slow
+def test_a_restored_packed_state_lies_where_a_fresh_one_does_and_compiles_nothing_again(tmp_path):
+    mesh = sharding.get_mesh("data=2,fsdp=2", jax.devices()[:4])
+    network, optimizer = get_network(8, 1, 6, widths=(16, 32)), get_optimizer(steps=10)
+
+    def create(key):
+        return pack_state(create_state(key, network, optimizer, (0.1,)))
+
+    fresh = sharding.create_placed(mesh, create, jax.random.key(0))
+    places = sharding.get_shardings(mesh, fresh)
+    assert any("fsdp" in place.spec for place in jax.tree.leaves(places))
+    step = get_train_step(network, optimizer, LatentScale(2.0), mesh=mesh)
+    batch = shard_batch(mesh, draw_batch(0))
+    with checkpoint.open_checkpoints(tmp_path) as manager:
+        checkpoint.save_checkpoint(manager, fresh, create_meta())
+        manager.wait_until_finished()
+        target = sharding.place_shapes(mesh, jax.eval_shape(create, jax.random.key(0)))
+        restored = checkpoint.restore_checkpoint(manager, target, create_meta())
+    chex.assert_trees_all_equal(restored, fresh)
+    for state in (fresh, restored):
+        for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        step(state, jax.random.key(1), batch)
+    assert step._cache_size() == 1
 
 
 def test_a_packed_state_is_saved_as_its_trees(tmp_path):

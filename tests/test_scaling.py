@@ -22,5 +22,5 @@ def test_scaling_trains_samples_and_restores_on_several_devices(tmp_path):
 
 @pytest.mark.slow
 def test_scaling_trains_in_one_process_for_each_device(tmp_path):
-    [row] = run_rows("scaling", tmp_path, "--parts=processes", "--devices=2", "--ways=data")
+    [row] = run_rows("scaling", tmp_path, "--parts=processes", "--devices=2", "--ways=fsdp")
     assert row["devices"] == 2 and row["img/s"] > 0 and row["messages MB"] > 0
