@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from ldm_jax import graphs, messages
 
@@ -195,6 +195,33 @@ def get_gradients(
         return run(params, batch_stats, rng, batch)
 
     return gradients
+
+
+def add_up(
+    add: Callable[[list[Array]], Array], grads: Any, mesh: Mesh | None, parallelism: str = "jit"
+) -> Array:
+    """add(leaves of `grads`), for gradients that lie as `get_gradients` gives them.
+
+    Each device adds up its parts of those that are split over "fsdp", and one number crosses. Left
+    to itself, XLA gathers sums of rows by some 70 messages, or splits them over the devices anew.
+
+    Args:
+        add: arrays => the sum over functions of their numbers; 0 for no arrays.
+        grads: a tree of gradients.
+        mesh, parallelism: as in `get_gradients`; None without a mesh.
+    """
+    leaves = jax.tree.leaves(grads)
+    if mesh is None or parallelism == "pmap" or mesh.shape["fsdp"] == 1:
+        return add(leaves)
+    specs = [get_spec(mesh, x.shape) for x in leaves]
+
+    def on_device(leaves):
+        split = [x for x, spec in zip(leaves, specs) if spec]
+        whole = [x for x, spec in zip(leaves, specs) if not spec]
+        return jax.lax.psum(add(split), "fsdp") + add(whole)
+
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec())
+    return run(leaves)
 
 
 def compile_step(step: Callable, mesh: Mesh | None, parallelism: str = "jit") -> Callable:

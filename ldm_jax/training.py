@@ -239,7 +239,8 @@ def get_train_step(
             ema_batch_stats=average(batch_stats, state.ema_batch_stats),
             opt_state=opt_state,
         ).update_more()
-        return state, {"loss": loss, "grad_norm": _get_norm(grads)}
+        squares = sharding.add_up(_add_squares, grads, mesh, parallelism)
+        return state, {"loss": loss, "grad_norm": jnp.sqrt(squares)}
 
     return sharding.compile_step(train_step, mesh, parallelism)
 
@@ -265,15 +266,15 @@ def _keep_order(value_and_grad):
     return in_order
 
 
-def _get_norm(grads):
-    """Global norm, from one vector that holds the sums of all rows and the squares of all vectors.
+def _add_squares(grads):
+    """The sum of all squares, from one vector of the sums of all rows and the squares of vectors.
 
     On a GPU, Adam's kernels add up the rows as they read them, and few kernels do the rest.
     """
-    squares = [jnp.square(g) for g in jax.tree.leaves(grads)]
+    squares = [jnp.square(g) for g in grads]
     rows = [s if s.ndim < 2 else jnp.sum(s, axis=-1) for s in squares]
-    together = jax.lax.optimization_barrier(jnp.concatenate([row.ravel() for row in rows]))
-    return jnp.sqrt(jnp.sum(together))
+    together = jnp.concatenate([jnp.zeros(0), *(row.ravel() for row in rows)])
+    return jnp.sum(jax.lax.optimization_barrier(together))
 
 
 def get_eval_step(

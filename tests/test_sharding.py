@@ -243,6 +243,24 @@ def test_the_longest_axis_that_divides_is_split(shape, spec):
     assert sharding.get_spec(sharding.get_mesh("data"), shape) == PartitionSpec()
 
 
+@pytest.mark.parametrize("layout", ["data", "fsdp", "data=2,fsdp=4"])
+def test_numbers_are_added_up_once_wherever_they_lie(layout):
+    mesh = sharding.get_mesh(layout)
+    rng = np.random.default_rng(0)
+    shapes = (64, 128), (3, 3, 16, 64), (100,), (7, 5), ()
+    tree = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    placed = jax.device_put(tree, sharding.get_shardings(mesh, tree))
+
+    def add(arrays):
+        return sum((jnp.sum(x**2) for x in arrays), jnp.float32(0))
+
+    add_up = jax.jit(lambda tree: sharding.add_up(add, tree, mesh))
+    # All; the first two, which can be split; the others, which cannot; none.
+    for part in (slice(None), slice(0, 2), slice(2, None), slice(0, 0)):
+        expected = sum(np.sum(np.float64(x) ** 2) for x in tree[part])
+        np.testing.assert_allclose(add_up(placed[part]), expected, rtol=1e-5)
+
+
 def test_the_table_says_what_a_device_holds():
     mesh = sharding.get_mesh("data=2,fsdp=4")
     shapes = {"a": {"kernel": (3, 3, 16, 64)}, "b": {"bias": (64,)}}
