@@ -21,14 +21,14 @@ from jaxtyping import Array, Float
 
 @flax.struct.dataclass
 class Packed:
-    """A tree of arrays whose float32 vectors and scalars lie one after the other in one vector.
+    """A tree of arrays, most of whose vectors and scalars lie one after the other in one vector.
 
     It shares all other arrays with the tree that it was made of. To optax, averages and shardings
     it is a tree of fewer arrays; `unpack` gives the tree back.
 
     Attributes:
         arrays: all other leaves, in the tree's order.
-        vector: (n), the vectors, in the tree's order.
+        vector: (n), the vectors that `pack` put together, in the tree's order.
         structure: of the tree.
         shapes: by leaf, that of a vector; None for the others.
     """
@@ -44,16 +44,22 @@ def pack(tree: Any, model: Any = None) -> Any:
 
     Args:
         tree: of arrays.
-        model: a tree of the same shapes, whose float32 vectors say which leaves are put together,
-            whatever their dtype in `tree`; None for the tree itself.
+        model: a tree of the same shapes, whose float32 vectors and scalars say which leaves are put
+            together, whatever their dtype in `tree`; None for the tree itself.
+
+    Raises:
+        ValueError: if these leaves have several dtypes.
     """
     leaves, structure = jax.tree.flatten(tree)
-    models = leaves if model is None else jax.tree.leaves(model)
+    models = leaves if model is None else structure.flatten_up_to(model)
     shapes = tuple(x.shape if _is_vector(x) else None for x in models)
-    vectors = [x.ravel() for x, shape in zip(leaves, shapes) if shape is not None]
+    vectors = [x.ravel() for x, shape in zip(leaves, shapes, strict=True) if shape is not None]
     if len(vectors) < 2:
         return tree
-    arrays = tuple(x for x, shape in zip(leaves, shapes) if shape is None)
+    dtypes = {str(x.dtype) for x in vectors}
+    if len(dtypes) > 1:
+        raise ValueError(f"vectors to be packed must have one dtype, got {sorted(dtypes)}")
+    arrays = tuple(x for x, shape in zip(leaves, shapes, strict=True) if shape is None)
     return Packed(arrays, jnp.concatenate(vectors), structure, shapes)
 
 
@@ -69,10 +75,12 @@ def pack_state(state: Any) -> Any:
     as it comes, packed or not, and gives it back the same way. Its numbers are the same but for the
     order in which the gradient's norm is added up, if the optimizer treats each number alike, or by
     the norm of all, as those of `training.get_optimizer` do. One that looks at each array by
-    itself, such as LAMB, would take all vectors for one. Figures are in docs/performance.md.
+    itself, such as LAMB, would take all vectors for one; one that holds moments of some weights
+    alone (`optax.masked`) does not fit a packed tree. Figures are in docs/performance.md.
 
     Raises:
-        ValueError: for moments in the structure of the weights, but in other shapes (Adafactor).
+        ValueError: for moments in the structure of the weights, but in other shapes (Adafactor), or
+            of several dtypes.
     """
     models = [tree for tree in (state.params, state.batch_stats) if _count_vectors(tree) > 1]
 
@@ -86,11 +94,13 @@ def pack_state(state: Any) -> Any:
             return tree
         shapes = [x.shape for x in jax.tree.leaves(tree)]
         for model in found:
-            if [x.shape for x in jax.tree.leaves(model)] == shapes:
+            wanted = [x.shape for x in jax.tree.leaves(model)]
+            if wanted == shapes:
                 return pack(tree, model)
+        need, came = next((a, b) for a, b in zip(wanted, shapes) if a != b)
         raise ValueError(
             "pack_state requires an optimizer whose moments have the shapes of the weights, got "
-            f"{shapes}"
+            f"{came} where {need} was needed"
         )
 
     return jax.tree.map(pack_part, state, is_leaf=lambda x: bool(find_models(x)))

@@ -197,21 +197,19 @@ def get_gradients(
     return gradients
 
 
-def add_up(
-    add: Callable[[list[Array]], Array], grads: Any, mesh: Mesh | None, parallelism: str = "jit"
-) -> Array:
+def add_up(add: Callable[[list[Array]], Array], grads: Any, mesh: Mesh | None) -> Array:
     """add(leaves of `grads`), for gradients that lie as `get_gradients` gives them.
 
     Each device adds up its parts of those that are split over "fsdp", and one number crosses. Left
     to itself, XLA gathers sums of rows by some 70 messages, or splits them over the devices anew.
 
     Args:
-        add: arrays => the sum over functions of their numbers; 0 for no arrays.
+        add: arrays => a sum over all their elements, each by itself; 0 for an empty list.
         grads: a tree of gradients.
-        mesh, parallelism: as in `get_gradients`; None without a mesh.
+        mesh: as in `get_gradients`; None without one.
     """
     leaves = jax.tree.leaves(grads)
-    if mesh is None or parallelism == "pmap" or mesh.shape["fsdp"] == 1:
+    if mesh is None or mesh.shape["fsdp"] == 1:  # The only mesh of pmap.
         return add(leaves)
     specs = [get_spec(mesh, x.shape) for x in leaves]
 

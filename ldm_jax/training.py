@@ -239,7 +239,7 @@ def get_train_step(
             ema_batch_stats=average(batch_stats, state.ema_batch_stats),
             opt_state=opt_state,
         ).update_more()
-        squares = sharding.add_up(_add_squares, grads, mesh, parallelism)
+        squares = sharding.add_up(_add_squares, grads, mesh)
         return state, {"loss": loss, "grad_norm": jnp.sqrt(squares)}
 
     return sharding.compile_step(train_step, mesh, parallelism)

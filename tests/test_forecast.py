@@ -98,7 +98,7 @@ def test_gpus_are_forecast_from_virtual_devices():
     assert 0.999 * 4 * data.weights <= sent <= 4 * data.weights + 4
     assert {m.kind for m in data.messages} == {"all-reduce"}
     # One message each: the weights that are split, whole; parts of their gradients; and the other
-    # gradients with the loss and some sums of squares, one for the norm, one an array for clipping.
+    # gradients with the loss and sums of squares, one for the norm and one per array for clipping.
     assert [m.count for m in fsdp.messages] == [1, 1, 1]
     sizes = {m.kind: m.bytes for m in fsdp.messages}
     gathered, others = sizes["all-gather"], 4 * fsdp.weights - sizes["all-gather"]

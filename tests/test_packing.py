@@ -72,8 +72,10 @@ def test_numpys_arrays_stay_numpys_and_shapes_keep_their_shardings():
     found = unpack(jax.device_get(packed))
     assert all(type(x) is np.ndarray for x in jax.tree.leaves(found))
     chex.assert_trees_all_equal(found, jax.device_get(tree))
-    mesh = sharding.get_mesh()
+    mesh = sharding.get_mesh("fsdp")
+    tree, packed = ({"large": jnp.ones((64, 128)), "rest": x} for x in (tree, packed))
     expected = jax.tree.leaves(sharding.place_shapes(mesh, tree))
+    assert any(x.sharding.spec for x in expected)
     found = jax.tree.leaves(unpack(sharding.place_shapes(mesh, packed)))
     assert [(x.shape, x.dtype, x.sharding) for x in found] == [
         (x.shape, x.dtype, x.sharding) for x in expected
@@ -118,8 +120,14 @@ def test_an_optimizer_with_moments_of_other_shapes_is_refused():
     def create(key):
         return pack_state(create_state(key, optimizer=optax.adafactor(1e-3)))
 
-    with pytest.raises(ValueError, match="have the shapes of the weights, got "):
+    with pytest.raises(ValueError, match=r"the shapes of the weights, got \(1,\) where \(.*\) was"):
         jax.eval_shape(create, jax.random.key(0))
+
+
+def test_vectors_of_several_dtypes_are_refused():
+    model = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"one dtype, got \['bfloat16', 'float32'\]"):
+        pack(model | {"a": jnp.ones(2, jnp.bfloat16)}, model)
 
 
 def test_the_default_networks_state_has_669_arrays_in_place_of_2271():
@@ -180,6 +188,9 @@ def test_a_packed_state_trains_as_its_trees_do(layout, fields, options):
     values = jax.device_get(unpack(packed))
     chex.assert_trees_all_close(values, jax.device_get(trees), rtol=1e-3, atol=1e-5)
     assert expected[2][0]["loss"] != expected[0][0]["loss"]
+    for leaf in jax.tree.leaves(packed):
+        place = jax.sharding.NamedSharding(mesh, sharding.get_spec(mesh, leaf.shape))
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
 def test_clipped_adam_updates_a_packed_tree_as_the_tree():
