@@ -101,15 +101,17 @@ def get_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
 
 
-def create_placed(mesh: Mesh, create: Callable[[PRNGKeyArray], Any], rng: PRNGKeyArray) -> Any:
+def create_placed(
+    mesh: Mesh | None, create: Callable[[PRNGKeyArray], Any], rng: PRNGKeyArray
+) -> Any:
     """create(rng), jitted, with each array made where `get_shardings` places it.
 
     Args:
-        mesh: of `get_mesh`.
+        mesh: of `get_mesh`; None leaves it to JAX.
         create: key => a train state.
         rng: key, consumed.
     """
-    shardings = get_shardings(mesh, jax.eval_shape(create, rng))
+    shardings = None if mesh is None else get_shardings(mesh, jax.eval_shape(create, rng))
     return jax.jit(create, out_shardings=shardings)(rng)
 
 

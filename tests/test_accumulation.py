@@ -51,9 +51,7 @@ def step_once(
         state.params["conv_out"]["kernel"] += 0.1
         return state
 
-    shapes = jax.eval_shape(create, jax.random.key(0))
-    shardings = sharding.get_shardings(mesh, shapes) if mesh else None
-    state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+    state = sharding.create_placed(mesh, create, jax.random.key(0))
     step = get_train_step(
         network,
         optimizer,

@@ -53,10 +53,7 @@ class Run:
         def create(key):
             return create_train_state(key, network, optimizer, (8, 8, 4), (6,))
 
-        shardings = None
-        if mesh is not None:
-            shardings = sharding.get_shardings(mesh, jax.eval_shape(create, jax.random.key(0)))
-        state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
+        state = sharding.create_placed(mesh, create, jax.random.key(0))
         # The last layer starts at zero, which would keep all others still.
         state.params["conv_out"]["kernel"] += 0.1
         self.start = jax.device_get(state.params)
