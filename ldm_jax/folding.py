@@ -2,12 +2,15 @@
 
 With running statistics a batch norm multiplies and shifts each channel, so it merges with the
 products beside it: of a unit's five norms none is left. The values of an attention merge with the
-projection that follows, because the weights of a softmax add up to one. And a single conditioning
+projection that follows, because the weights of a softmax add up to one; for the same reason their
+bias can be added later, and a softmax does not see the bias of the queries. A single conditioning
 token meets the maps as one vector for each unit, the sum of a part that depends on the noise level
 and a part that depends on the text: the second is the same at every step.
+
+What is left are convolutions and attentions, by XLA or, where they can run, by `ldm_jax.kernels`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ldm_jax import kernels
 from ldm_jax.blocks import attend, sinusoidal_embedding, upsample
 from ldm_jax.norms import EPSILON
 
@@ -26,19 +30,21 @@ _exactly = partial(jnp.matmul, precision="highest")
 class Affine(NamedTuple):
     """x kernel + bias, over the last axis or, with a kernel of four axes, a convolution."""
 
-    kernel: Array
+    kernel: Any
     bias: Array
 
 
 class FoldedUnit(NamedTuple):
-    """A `Unit`; `residual` is there if its width changes, `spatial` if it has attention.
+    """A `Unit`; `residual` is not empty if its width changes, `spatial` is there with attention.
 
-    `spatial` gives queries, keys and values side by side, the values already projected.
+    A skip may have kernels of its own: `conv_0` has several then, and so has `residual`. `spatial`
+    gives queries, keys and values side by side, the values already projected; its bias is the keys'
+    alone.
     """
 
     conv_0: Affine
     conv_1: Affine
-    residual: Array | None
+    residual: tuple[Array, ...]
     spatial: Affine | None
 
 
@@ -67,26 +73,33 @@ def can_fold(network: Any, labels: Float[Array, "k n *t e"]) -> bool:
     return plain and network.norm == "batch" and tokens == 1
 
 
-def fold(network: Any, variables: Any) -> FoldedUNet:
+def fold(network: Any, variables: Any, by_kernels: bool = False) -> FoldedUNet:
     """Merges norms and projections, once, in float32; products are then stored in network.dtype.
 
     Args:
         network: a `UNet` for which `can_fold` holds.
         variables: its params and batch_stats.
+        by_kernels: as `ldm_jax.kernels` wants it: skips with kernels of their own, padded keys.
     """
     params, stats = variables["params"], variables["batch_stats"]
     *widths, _ = network.widths
     size, cross = network.latent_image_size, []
 
-    def fold_units(names: Iterator[tuple[str, ...]], size: int, attention: bool = True):
+    def fold_units(
+        names: Iterator[tuple[str, ...]], size: int, attention: bool = True, skip: int = 0
+    ):
         units = []
         for path in names:
             unit_params, unit_stats = params, stats
             for name in path:
                 unit_params, unit_stats = unit_params[name], unit_stats[name]
-            units.append(_fold_unit(unit_params, unit_stats, size, network.dtype))
+            unit, value_bias = _fold_unit(unit_params, unit_stats, size)
+            if by_kernels:
+                unit = _for_kernels(unit, size, skip)
+            units.append(_store(unit, size, network.dtype))
             if attention:
-                cross.append(_fold_cross(unit_params["cross"], unit_stats["cross"]))
+                folded = _fold_cross(unit_params["cross"], unit_stats["cross"])
+                cross.append(folded._replace(bias=folded.bias + value_bias))
         return units
 
     def names(block, count):
@@ -98,8 +111,8 @@ def fold(network: Any, variables: Any) -> FoldedUNet:
         down.append(fold_units(names(f"down_{i}", depth), size >> i, attention=i > 0))
     bottleneck = fold_units(((f"bottleneck_{i}",) for i in range(depth)), size >> len(widths))
     up = []
-    for i in range(len(widths)):
-        up.append(fold_units(names(f"up_{i}", depth), size >> (len(widths) - 1 - i)))
+    for i, width in enumerate(reversed(widths)):
+        up.append(fold_units(names(f"up_{i}", depth), size >> (len(widths) - 1 - i), skip=width))
 
     # The token is [noise embedding, projected text]; all units' vectors are one product of it.
     kernel = jnp.concatenate([unit.kernel for unit in cross], axis=-1)
@@ -128,32 +141,39 @@ def get_estimator(
     noisy latents, so what comes before the first cross-attention is computed once. Call it outside
     the loop, and the estimate in it.
     """
-    folded = fold(network, variables)
+    by_kernels = kernels.can_run(network)
+    folded = fold(network, variables, by_kernels)
     k, n = labels.shape[:2]
     text = _exactly(labels.reshape(k, n, -1), folded.text.kernel) + folded.text.bias[None, None]
 
     def estimate(x_t, noise_level):
         noise = sinusoidal_embedding(jnp.reshape(noise_level, (1,)), network.noise_emb_dim)
         vectors = text + noise[None] @ folded.noise
-        x_zero = _run(folded, x_t.astype(network.dtype), vectors)
+        run = _run_by_kernels if by_kernels else _run
+        x_zero = run(folded, x_t.astype(network.dtype), vectors)
         return jnp.broadcast_to(_by_set(x_zero, vectors), (k, *x_t.shape))
 
     return estimate
 
 
-def _run(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
+def _run(
+    folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"], by_kernels: bool = False
+) -> Array:
     """The network's forward pass, see `UNet.__call__`; x is (n, h, w, c) until sets differ."""
     taken = 0
 
-    def run_unit(unit: FoldedUnit, x: Array) -> Array:
+    def run_unit(unit: FoldedUnit, *maps: Array) -> Array:
         nonlocal taken
-        x = _residual_block(unit, x)
+        x = _residual_block(unit, maps, by_kernels)
         if unit.spatial is None:
             return x
         width = x.shape[-1]
         vector = vectors[..., taken : taken + width]
         taken += width
-        y = _by_set(x + _attend(unit.spatial, x), vectors) + vector[:, :, None, None]
+        attend = _attend_by_kernel if by_kernels else _attend
+        if len(x) == vector.shape[0] * vector.shape[1]:
+            return attend(unit.spatial, x, vector.reshape(-1, width))
+        y = _by_set(attend(unit.spatial, x), vectors) + vector[:, :, None, None]
         return y.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
     x = _multiply(x, folded.conv_in).astype(x.dtype)
@@ -166,13 +186,21 @@ def _run(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
     for unit in folded.bottleneck:
         x = run_unit(unit, x)
     for block in folded.up:
-        x = upsample(x)
+        x = kernels.upsample(x) if by_kernels else upsample(x)
         for unit in block:
-            skip = _by_set(skips.pop(), vectors)
-            skip = jnp.broadcast_to(skip, (len(x) // skip.shape[1], *skip.shape[1:]))
-            x = jnp.concatenate([x, skip.reshape(-1, *skip.shape[2:])], axis=-1)
-            x = run_unit(unit, x)
+            x = run_unit(unit, x, skips.pop())
     return _multiply(x.astype(jnp.float32), folded.conv_out)
+
+
+@jax.custom_vjp
+def _run_by_kernels(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
+    """`_run` by kernels, which have no gradients: where one is asked for, XLA runs all of it."""
+    return _run(folded, x, vectors, by_kernels=True)
+
+
+_run_by_kernels.defvjp(
+    lambda *inputs: jax.vjp(_run, *inputs), lambda backward, gradient: backward(gradient)
+)
 
 
 def _multiply(x: Array, affine: Affine) -> Array:
@@ -186,10 +214,25 @@ def _by_set(x: Array, vectors: Float[Array, "k n v"]) -> Array:
     return x.reshape(-1, vectors.shape[1], *x.shape[1:])
 
 
-def _residual_block(unit: FoldedUnit, x: Array) -> Array:
-    h = jax.nn.swish(_conv(x, unit.conv_0)).astype(x.dtype)
-    residual = x if unit.residual is None else x @ unit.residual
-    return (_conv(h, unit.conv_1) + residual).astype(x.dtype)
+def _residual_block(unit: FoldedUnit, maps: Sequence[Array], by_kernels: bool) -> Array:
+    """Of maps whose channels lie side by side; one with fewer samples is repeated."""
+    conv_0, conv_1 = unit.conv_0, unit.conv_1
+    if by_kernels and conv_1.kernel.ndim == 4:
+        h = kernels.convolve(maps, conv_0.kernel, conv_0.bias, swish=True)
+        if not unit.residual:
+            return kernels.convolve([h], [conv_1.kernel], conv_1.bias, residual=maps[0])
+        return kernels.convolve([h, *maps], [conv_1.kernel, *unit.residual], conv_1.bias)
+    samples = max(map(len, maps))
+    x = jnp.concatenate([_repeat(x, samples) for x in maps], axis=-1)
+    conv_0 = conv_0._replace(kernel=jnp.concatenate(conv_0.kernel, axis=-2))
+    h = jax.nn.swish(_conv(x, conv_0)).astype(x.dtype)
+    residual = x @ jnp.concatenate(unit.residual) if unit.residual else x
+    return (_conv(h, conv_1) + residual).astype(x.dtype)
+
+
+def _repeat(x: Array, samples: int) -> Array:
+    x = jnp.broadcast_to(x[None], (samples // len(x), *x.shape))
+    return x.reshape(samples, *x.shape[2:])
 
 
 def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
@@ -216,12 +259,25 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
     return y.reshape(b, height, width, -1).astype(jnp.float32) + conv.bias[None]
 
 
-def _attend(spatial: Affine, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """What the spatial attention adds."""
-    b, height, width, channels = x.shape
-    projected = _multiply(x.reshape(b, -1, channels), spatial).astype(x.dtype)
-    inner = (projected.shape[-1] - channels) // 2
-    return attend(*jnp.split(projected, [inner, 2 * inner], axis=-1)).reshape(x.shape)
+def _attend(
+    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None = None
+) -> Float[Array, "b h w c"]:
+    """x, what the spatial attention adds and, if given, the vectors."""
+    b, _, _, channels = x.shape
+    inner = len(spatial.bias)
+    bias = jnp.pad(spatial.bias, (inner, channels))  # Added to all, XLA needs no kernel for it.
+    projected = _multiply(x.reshape(b, -1, channels), Affine(spatial.kernel, bias))
+    parts = jnp.split(projected.astype(x.dtype), [inner, 2 * inner], axis=-1)
+    y = x + attend(*parts).reshape(x.shape)
+    return y if vectors is None else (y + vectors[:, None, None]).astype(x.dtype)
+
+
+def _attend_by_kernel(
+    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None = None
+) -> Float[Array, "b h w c"]:
+    """The same by a kernel."""
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    return kernels.attend(flat @ spatial.kernel, spatial.bias, flat, vectors).reshape(x.shape)
 
 
 def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
@@ -230,7 +286,8 @@ def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
     return windows.astype(jnp.float32).mean((2, 4)).astype(x.dtype)
 
 
-def _fold_unit(params: Any, stats: Any, size: int, dtype: Any) -> FoldedUnit:
+def _fold_unit(params: Any, stats: Any, size: int) -> tuple[FoldedUnit, Any]:
+    """And the bias of its attention's values, which is added to every position."""
     residual = params["residual"]
     factor, shift = _fold_norm({}, stats["residual"]["norm"])
     conv_0, conv_1 = residual["conv_0"], residual["conv_1"]
@@ -242,29 +299,59 @@ def _fold_unit(params: Any, stats: Any, size: int, dtype: Any) -> FoldedUnit:
     counts = ((line >= 0) & (line < size)).astype(jnp.float32)
     bias = jnp.einsum("hi,wj,ijd->hwd", counts, counts, places, precision="highest")
     folded_0 = Affine(
-        conv_0["kernel"] * factor[None, None, :, None], bias + conv_0["bias"][None, None]
+        (conv_0["kernel"] * factor[None, None, :, None],), bias + conv_0["bias"][None, None]
     )
-    bias_1, kernel = conv_1["bias"][None, None], None
+    bias_1, kernel = conv_1["bias"][None, None], ()
     if "residual" in residual:
         bias_1 = bias_1 + residual["residual"]["bias"][None, None]
-        kernel = residual["residual"]["kernel"][0, 0].astype(dtype)
-    folded_1 = Affine(conv_1["kernel"], bias_1)
-    spatial = None
+        kernel = (residual["residual"]["kernel"][0, 0],)
+    spatial, value_bias = None, 0.0
     if "spatial" in params:
-        spatial = _fold_spatial(params["spatial"], stats["spatial"])
-        spatial = spatial._replace(kernel=spatial.kernel.astype(dtype))
-    return FoldedUnit(_store(folded_0, size, dtype), _store(folded_1, size, dtype), kernel, spatial)
+        spatial, value_bias = _fold_spatial(params["spatial"], stats["spatial"])
+    return FoldedUnit(folded_0, Affine(conv_1["kernel"], bias_1), kernel, spatial), value_bias
 
 
-def _store(conv: Affine, size: int, dtype: Any) -> Affine:
-    """In the compute dtype; on a 2 x 2 map, where each position reaches every one, as a matrix."""
-    kernel = conv.kernel.astype(dtype)
-    if size == 2:
-        place = jnp.arange(2)
-        reach = place[:, None] - place[None, :] + 1  # From, to => place in the kernel.
-        kernel = kernel[reach[:, None, :, None], reach[None, :, None, :]]
-        kernel = kernel.transpose(0, 1, 4, 2, 3, 5).reshape(4 * kernel.shape[-2], -1)
-    return conv._replace(kernel=kernel)
+def _for_kernels(unit: FoldedUnit, size: int, skip: int) -> FoldedUnit:
+    """As `ldm_jax.kernels` wants it; `skip` is the width of a skip beside the map, or 0."""
+    if skip and size > 2:
+        cut = lambda kernel, axis: tuple(jnp.split(kernel, [kernel.shape[axis] - skip], axis))  # noqa: E731
+        conv_0 = unit.conv_0._replace(kernel=cut(unit.conv_0.kernel[0], 2))
+        unit = unit._replace(conv_0=conv_0, residual=cut(unit.residual[0], 0))
+    if unit.spatial is not None:
+        kernel, bias = unit.spatial
+        inner = len(bias)
+        more = kernels.pad_keys(inner) - inner
+        query, key, value = jnp.split(kernel, [inner, 2 * inner], axis=1)
+        query, key = (jnp.pad(part, ((0, 0), (0, more))) for part in (query, key))
+        kernel = jnp.concatenate([query, key, value], axis=1)
+        unit = unit._replace(spatial=Affine(kernel, jnp.pad(bias, (0, more))))
+    return unit
+
+
+def _store(unit: FoldedUnit, size: int, dtype: Any) -> FoldedUnit:
+    """Kernels in the compute dtype, biases in float32; those of 2 x 2 maps as matrices.
+
+    There, each position reaches every one.
+    """
+
+    def store(kernel):
+        kernel = kernel.astype(dtype)
+        if size == 2 and kernel.ndim == 4:
+            place = jnp.arange(2)
+            reach = place[:, None] - place[None, :] + 1  # From, to => place in the kernel.
+            kernel = kernel[reach[:, None, :, None], reach[None, :, None, :]]
+            kernel = kernel.transpose(0, 1, 4, 2, 3, 5).reshape(4 * kernel.shape[-2], -1)
+        return kernel
+
+    def store_affine(affine):
+        return affine._replace(kernel=jax.tree.map(store, affine.kernel))
+
+    return FoldedUnit(
+        store_affine(unit.conv_0),
+        store_affine(unit.conv_1),
+        jax.tree.map(store, unit.residual),
+        None if unit.spatial is None else store_affine(unit.spatial),
+    )
 
 
 def _fold_norm(params: Any, stats: Any) -> tuple[Array, Array]:
@@ -273,7 +360,11 @@ def _fold_norm(params: Any, stats: Any) -> tuple[Array, Array]:
     return factor, params.get("bias", 0.0) - stats["mean"] * factor
 
 
-def _fold_spatial(params: Any, stats: Any) -> Affine:
+def _fold_spatial(params: Any, stats: Any) -> tuple[Affine, Array]:
+    """Queries, keys and values with the keys' bias; the values' bias.
+
+    What the queries' bias adds to the logits is the same for all places that are looked at.
+    """
     factor, shift = _fold_norm(params["norm_in"], stats["norm_in"])
 
     def after_norm(dense):
@@ -283,7 +374,8 @@ def _fold_spatial(params: Any, stats: Any) -> Affine:
 
     query, key, value = (after_norm(params[name]) for name in ("query", "key", "value"))
     value = _project(value, params, stats)
-    return Affine(*(jnp.concatenate(parts, axis=-1) for parts in zip(query, key, value)))
+    kernel = jnp.concatenate([query.kernel, key.kernel, value.kernel], axis=-1)
+    return Affine(kernel, key.bias), value.bias
 
 
 def _fold_cross(params: Any, stats: Any) -> Affine:

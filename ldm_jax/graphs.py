@@ -31,7 +31,7 @@ QUICK_TRIALS = {
 def get_options(devices: Iterable[Any], quick: bool = False) -> dict[str, Any] | None:
     """Options of jax.jit by which XLA records convolutions into its CUDA graphs as well.
 
-    A training step is some 2 400 kernels of a few microseconds, a step of sampling 257; started one
+    A training step is some 2 400 kernels of a few microseconds, a step of sampling 120; started one
     by one, they come slower than the GPU works them off. None where programs are not for this
     job's GPUs, where XLA_FLAGS says what to record, and, with a warning, where a try fails.
 

@@ -1,12 +1,14 @@
 """A folded network estimates what the network itself does."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import folding, sampler
+from ldm_jax import folding, kernels, sampler
 from ldm_jax.noising import TARGETS, ForwardProcess
 from ldm_jax.unet import get_network
 
@@ -16,6 +18,8 @@ FIELDS = {
     "block_depth": 2,
     "emb_size": 12,
 }
+
+FIELDS_BY_KERNELS = FIELDS | {"widths": (16, 32, 48, 64), "block_depth": 1}
 
 
 def create_variables(network, seed=0):
@@ -65,6 +69,46 @@ def test_folded_network_equals_the_network(monkeypatch, rows, tokens):
     found = jax.jit(estimate)(x_t, 0.4)
     chex.assert_shape(found, (2, 3, 16, 16, 4))
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
+
+
+@pytest.mark.parametrize("enough", [1, 10**6])
+def test_by_kernels_it_is_the_same_network(monkeypatch, enough):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+    calls = count_kernels(monkeypatch, enough)
+    estimate = folding.get_estimator(network, variables, labels)
+    found = jax.jit(estimate)(x_t, 0.4)
+    assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
+    # Two convolutions for each unit but that of 2 x 2; attention for all but the first level's.
+    assert calls == {"convolve": 2 * 6, "attend": 6, "upsample": 3}
+
+
+def test_by_kernels_its_gradient_is_the_same(monkeypatch):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+
+    def differentiate():
+        estimate = folding.get_estimator(network, variables, labels)
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(estimate(x, 0.4)))))(x_t)
+
+    expected = differentiate()
+    count_kernels(monkeypatch)
+    chex.assert_trees_all_close(differentiate(), expected, rtol=1e-4, atol=1e-4)
+
+
+def count_kernels(monkeypatch, enough=kernels.BLOCKS):
+    """Runs by kernels from here on, and counts them by name as they are traced."""
+    calls = dict.fromkeys(("convolve", "attend", "upsample"), 0)
+
+    def count(name, function, *args, **kwargs):
+        calls[name] += 1
+        return function(*args, **kwargs)
+
+    for name in calls:
+        monkeypatch.setattr(kernels, name, partial(count, name, getattr(kernels, name)))
+    monkeypatch.setattr(kernels, "BLOCKS", enough)
+    monkeypatch.setattr(kernels, "can_run", lambda network: True)
+    return calls
 
 
 def test_folding_in_bfloat16_is_as_close_to_float32_as_the_network_in_bfloat16():

@@ -1,0 +1,169 @@
+"""Kernels for a GPU, run here by Pallas' interpreter, against what they stand for; and compiled."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import blocks, kernels
+
+
+def draw(*shape, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng([seed, *shape])
+    return jnp.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])), dtype)
+
+
+def draw_map(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(shape).normal(size=shape), dtype)
+
+
+def convolve_plainly(maps, convolutions, bias, residual=None, swish=False):
+    samples = max(map(len, maps))
+    y = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    y = y if residual is None else y + residual
+    for x, kernel in zip(maps, convolutions):
+        kernel = kernel if kernel.ndim == 4 else kernel[None, None]
+        convolved = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = y + jnp.tile(convolved, (samples // len(x), 1, 1, 1))
+    return jax.nn.swish(y) if swish else y
+
+
+@pytest.mark.parametrize("enough", [1, 20, 10**6], ids=["whole", "as it comes", "in parts"])
+@pytest.mark.parametrize(
+    "samples, size, channels, width",
+    [
+        ((2,), 4, (48,), 32),  # 48 = 3 x 16: three steps a tap.
+        ((3, 3), 4, (32, 16), 48),  # 48 positions, in tiles of 64.
+        ((4, 2), 8, (16, 32), 16),  # A map of half the samples.
+    ],
+)
+@pytest.mark.parametrize("second", [3, 1])
+@pytest.mark.parametrize("ends", ["vector", "map", "residual"])
+def test_a_convolution_is_the_sum_of_all_maps_and_what_follows(
+    monkeypatch, enough, samples, size, channels, width, second, ends
+):
+    monkeypatch.setattr(kernels, "BLOCKS", enough)
+    maps = [draw_map(b, size, size, c) for b, c in zip(samples, channels)]
+    shapes = [(3, 3), (3, 3) if second == 3 else ()]
+    convolutions = [draw(*shape, c, width) for shape, c in zip(shapes, channels)]
+    bias = draw_map(size, size, width) if ends == "map" else draw_map(width)
+    residual = draw_map(samples[0], size, size, width) if ends == "residual" else None
+    arguments = {"residual": residual, "swish": ends != "residual"}
+    found = kernels.convolve(maps, convolutions, bias, **arguments)
+    expected = convolve_plainly(maps, convolutions, bias, **arguments)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+def test_few_tiles_share_their_taps_and_many_do_not():
+    parts = {rows: kernels._choose_tile(rows, 512, 1) for rows in (32, 2048, 32768)}
+    assert [taps for _, taps in parts.values()] == [1, 9, 9]
+    assert [tile.rows for tile, _ in parts.values()] == [32, 64, 128]
+    for rows, (tile, taps) in parts.items():
+        tiles = np.prod(tile.count(rows, 512))
+        assert tiles >= kernels.BLOCKS or tiles * 9 // taps >= kernels.BLOCKS // 2
+
+
+@pytest.mark.parametrize(
+    "samples, places, channels, inner",
+    [
+        (2, 4, 64, 16),  # Four samples to a product of 16 rows, of which two are there.
+        (5, 4, 80, 16),
+        (2, 16, 48, 32),
+        (1, 64, 32, 16),
+        (1, 2 * kernels.WINDOW, 32, 16),
+    ],
+)
+@pytest.mark.parametrize("with_vectors", [False, True])
+def test_attention_is_that_of_the_blocks(samples, places, channels, inner, with_vectors):
+    projected = draw_map(samples, places, 2 * inner + channels)
+    x, bias = draw_map(samples, places, channels), draw_map(inner)
+    vectors = draw_map(samples, channels) if with_vectors else None
+    queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
+    expected = x + blocks.attend(queries, keys + bias[None, None], values)
+    expected = expected if vectors is None else expected + vectors[:, None]
+    chex.assert_trees_all_close(kernels.attend(projected, bias, x, vectors), expected, atol=1e-5)
+
+
+def test_padded_keys_change_no_attention():
+    inner, padded = 10, kernels.pad_keys(10)
+    assert padded == 16 and kernels.pad_keys(16) == 16 and kernels.pad_keys(80) == 128
+    parts = [draw_map(2, 16, width) for width in (inner, inner, 32)]
+    bias, x = draw_map(inner), parts[2]
+    expected = x + blocks.attend(parts[0], parts[1] + bias[None, None], parts[2])
+    more = [(0, 0), (0, 0), (0, padded - inner)]
+    projected = jnp.concatenate([jnp.pad(p, more) for p in parts[:2]] + parts[2:], axis=-1)
+    found = kernels.attend(projected, jnp.pad(bias, more[2]), x)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 32), (3, 4, 4, 48), (2, 8, 8, 16)])
+def test_upsampling_is_that_of_the_blocks(shape):
+    x = draw_map(*shape)
+    chex.assert_trees_all_close(kernels.upsample(x), blocks.upsample(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "capability, fields, runs",
+    [
+        ("9.0", {}, True),
+        ("8.0", {}, False),
+        (None, {}, False),  # A CPU or TPU.
+        ("9.0", {"dtype": jnp.dtype("float32")}, False),
+        ("9.0", {"latent_image_size": 24}, False),
+        ("9.0", {"widths": (32, 40)}, False),
+        ("9.0", {"latent_image_size": 4}, False),  # Maps of 1 x 1 after two poolings.
+    ],
+)
+def test_they_run_where_they_were_measured(monkeypatch, capability, fields, runs):
+    device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    fields = {
+        "dtype": jnp.dtype("bfloat16"),
+        "latent_image_size": 16,
+        "widths": (32, 64, 96),
+    } | fields
+    assert kernels.can_run(SimpleNamespace(**fields)) == runs
+    monkeypatch.setattr(kernels, "triton", None)
+    assert not kernels.can_run(SimpleNamespace(**fields))
+
+
+@pytest.mark.parametrize("pictures", [1, 64])
+def test_they_compile_for_a_gpu(monkeypatch, pictures):
+    """To Triton's language; the rest is the GPU's driver's."""
+    monkeypatch.setattr(kernels, "_interpret", lambda: False)
+    samples, bf16 = 2 * pictures, jnp.bfloat16
+    array = jax.ShapeDtypeStruct
+
+    def run(x, skip, conv, product, bias, projected, vectors):
+        y = kernels.upsample(x)
+        y = kernels.convolve([y, skip], [conv, product], bias, swish=True)
+        flat = y.reshape(samples, 64, 32)
+        return kernels.attend(projected, bias[:16], flat, vectors)
+
+    arguments = (
+        array((samples, 4, 4, 48), bf16),
+        array((pictures, 8, 8, 32), bf16),
+        array((3, 3, 48, 32), bf16),
+        array((32, 32), bf16),
+        array((32,), jnp.float32),
+        array((samples, 64, 64), bf16),
+        array((samples, 32), jnp.float32),
+    )
+    with pretend_gpu():
+        program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("__gpu$xla.gpu.triton") == 3
+
+
+def pretend_gpu():
+    """JAX 0.11 wants to know for which GPU; 0.10 takes any."""
+    if jax.__version_info__ < (0, 11):
+        return nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("gpu",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
