@@ -9,7 +9,7 @@ STYLES = ("flat", "shaded", "outlined")
 
 
 def make_pictures(noise=0.0, apart=1.0, concepts=40):
-    """Features: concept + apart x style + noise; a fifth of the concepts lack a style, five are new."""
+    """Features: concept + apart x style + noise; a fifth of concepts lack a style, five are new."""
     rng = np.random.default_rng(0)
     words, hands = rng.normal(size=(concepts, 24)), rng.normal(size=(len(STYLES), 24))
     rows = [(c, s) for c in range(concepts) for s in range(len(STYLES))]
