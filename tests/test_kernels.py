@@ -122,13 +122,16 @@ def test_upsampling_is_that_of_the_blocks(shape):
 )
 def test_they_run_where_they_were_measured(monkeypatch, capability, fields, runs):
     device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
-    monkeypatch.setattr(jax, "devices", lambda: [device])
+    cpu = jax.devices("cpu")[0]
+    monkeypatch.setattr(jax, "devices", lambda platform: [device])
     fields = {
         "dtype": jnp.dtype("bfloat16"),
         "latent_image_size": 16,
         "widths": (32, 64, 96),
     } | fields
     assert kernels.can_run(SimpleNamespace(**fields)) == runs
+    with jax.default_device(cpu):
+        assert not kernels.can_run(SimpleNamespace(**fields))
     monkeypatch.setattr(kernels, "triton", None)
     assert not kernels.can_run(SimpleNamespace(**fields))
 
