@@ -35,7 +35,8 @@ def can_run(network: Any) -> bool:
     They are tuned and measured on compute capability 9 (H100, H200), multiply in bfloat16, and work
     on tiles whose sides are powers of two, of maps of 2 x 2 and more.
     """
-    chosen: Any = jax.config.jax_default_device  # A device, a platform's name or None.
+    config: Any = jax.config  # Its options have no types.
+    chosen = config.jax_default_device  # A device, a platform's name or None.
     device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
     if triton is None or not str(getattr(device, "compute_capability", "")).startswith("9."):
         return False
