@@ -26,14 +26,15 @@ except ImportError:  # JAX 0.11 announces that a later version will lack it.
 TAPS = 9  # Places of a 3 x 3 kernel.
 PROCESSORS = 132  # Of an H100 or H200.
 BLOCKS = 96  # Of threads, enough for these.
-WINDOW = 256  # Positions that attention looks at, at once.
+WINDOW = 256  # Positions that attention looks at, at once; half of them where keys are wide.
 
 
 def can_run(network: Any) -> bool:
     """Whether these kernels can run a folded `network` on the default device.
 
     They are tuned and measured on compute capability 9 (H100, H200), multiply in bfloat16, and work
-    on tiles whose sides are powers of two, of maps of 2 x 2 and more.
+    on tiles whose sides are powers of two, of maps of 2 x 2 and more. Wider keys than 128 would not
+    fit into a processor's memory.
     """
     config: Any = jax.config  # Its options have no types.
     chosen = config.jax_default_device  # A device, a platform's name or None.
@@ -42,7 +43,8 @@ def can_run(network: Any) -> bool:
         return False
     size, widths = network.latent_image_size, network.widths
     fits = size == _power_of_two(size) and all(width % 16 == 0 for width in widths)
-    return fits and size >> (len(widths) - 1) >= 2 and network.dtype == jnp.bfloat16
+    fits &= size >> (len(widths) - 1) >= 2 and max(widths) // network.key_fraction <= 128
+    return fits and network.dtype == jnp.bfloat16
 
 
 def pad_keys(inner: int) -> int:
@@ -240,9 +242,10 @@ def attend(
     places, columns = min(group, 128), min(128, _power_of_two(c))
     if pl.cdiv(total, places) * (c // columns) < BLOCKS:
         places, columns = 16, min(32, columns)
+    window = min(group, WINDOW if len(key_bias) + columns <= 160 else WINDOW // 2)
     added = [x.reshape(total, c)] + ([] if vectors is None else [vectors])
     y = pl.pallas_call(
-        partial(_attend, n=n, group=group, places=places, columns=columns),
+        partial(_attend, n=n, group=group, window=window, places=places, columns=columns),
         out_shape=jax.ShapeDtypeStruct((total, c), x.dtype),
         grid=(pl.cdiv(total, group), group // places, c // columns),
         compiler_params=triton.CompilerParams(num_warps=8 if places == 128 else 4, num_stages=2),
@@ -252,10 +255,10 @@ def attend(
     return y.reshape(b, n, c)
 
 
-def _attend(projected, key_bias, *refs, n, group, places, columns):
+def _attend(projected, key_bias, *refs, n, group, window, places, columns):
     """A tile of `attend`, with a softmax from window to window (Milakov & Gimelshein 2018)."""
     x, vectors, out = refs[0], refs[1:-1], refs[-1]
-    total, inner, window = out.shape[0], key_bias.shape[0], min(group, WINDOW)
+    total, inner = out.shape[0], key_bias.shape[0]
     first = pl.program_id(0) * group
     rows = first + pl.program_id(1) * places + jnp.arange(places)
     channels = pl.program_id(2) * columns + jnp.arange(columns)

@@ -77,6 +77,7 @@ def test_few_tiles_share_their_taps_and_many_do_not():
         (2, 16, 48, 32),
         (1, 64, 32, 16),
         (1, 2 * kernels.WINDOW, 32, 16),
+        (1, kernels.WINDOW, 128, 64),  # Wide keys: two windows of half the size.
     ],
 )
 @pytest.mark.parametrize("with_vectors", [False, True])
@@ -117,6 +118,8 @@ def test_upsampling_is_that_of_the_blocks(shape):
         ("9.0", {"dtype": jnp.dtype("float32")}, False),
         ("9.0", {"latent_image_size": 24}, False),
         ("9.0", {"widths": (32, 40)}, False),
+        ("9.0", {"key_fraction": 1, "widths": (32, 64, 128)}, True),
+        ("9.0", {"key_fraction": 1, "widths": (32, 64, 144)}, False),
         ("9.0", {"latent_image_size": 4}, False),  # Maps of 1 x 1 after two poolings.
     ],
 )
@@ -128,6 +131,7 @@ def test_they_run_where_they_were_measured(monkeypatch, capability, fields, runs
         "dtype": jnp.dtype("bfloat16"),
         "latent_image_size": 16,
         "widths": (32, 64, 96),
+        "key_fraction": 8,
     } | fields
     assert kernels.can_run(SimpleNamespace(**fields)) == runs
     with jax.default_device(cpu):
