@@ -150,8 +150,8 @@ def get_estimator(
         noise = sinusoidal_embedding(jnp.reshape(noise_level, (1,)), network.noise_emb_dim)
         vectors = text + noise[None] @ folded.noise
         run = _run_by_kernels if by_kernels else _run
-        x_zero = run(folded, x_t.astype(network.dtype), vectors)
-        return jnp.broadcast_to(_by_set(x_zero, vectors), (k, *x_t.shape))
+        output = run(folded, x_t.astype(network.dtype), vectors)
+        return jnp.broadcast_to(_by_set(output, vectors), (k, *x_t.shape))
 
     return estimate
 
@@ -265,7 +265,7 @@ def _attend(
     """x, what the spatial attention adds and, if given, the vectors."""
     b, _, _, channels = x.shape
     inner = len(spatial.bias)
-    bias = jnp.pad(spatial.bias, (inner, channels))  # Added to all, XLA needs no kernel for it.
+    bias = jnp.pad(spatial.bias, (inner, channels))  # For all channels: XLA fuses it.
     projected = _multiply(x.reshape(b, -1, channels), Affine(spatial.kernel, bias))
     parts = jnp.split(projected.astype(x.dtype), [inner, 2 * inner], axis=-1)
     y = x + attend(*parts).reshape(x.shape)

@@ -25,16 +25,18 @@ except ImportError:  # JAX 0.11 announces that a later version will lack it.
 
 TAPS = 9  # Places of a 3 x 3 kernel.
 PROCESSORS = 132  # Of an H100 or H200.
-BLOCKS = 96  # Of threads, enough for these.
-WINDOW = 256  # Positions that attention looks at, at once; half of them where keys are wide.
+BLOCKS = 96  # Of threads, enough to keep these busy.
+WINDOW = 256  # Positions that attention looks at, at once,
+WINDOW_CHANNELS = 144  # for as many channels of queries and values; for more, half of them.
 
 
 def can_run(network: Any) -> bool:
     """Whether these kernels can run a folded `network` on the default device.
 
-    They are tuned and measured on compute capability 9 (H100, H200), multiply in bfloat16, and work
-    on tiles whose sides are powers of two, of maps of 2 x 2 and more. Wider keys than 128 would not
-    fit into a processor's memory.
+    They are tuned and measured on an H200, and left out on all but compute capability 9. They
+    multiply in bfloat16, and work on tiles whose sides are powers of two, of maps of 2 x 2 and
+    more. Wider keys than 128 would not fit into a processor's memory. Arrays that lie elsewhere
+    than on the default device are not seen from here.
     """
     config: Any = jax.config  # Its options have no types.
     chosen = config.jax_default_device  # A device, a platform's name or None.
@@ -63,14 +65,21 @@ def convolve(
     """f(all maps' convolutions, bias and residual added up), in float32, then in the maps' dtype.
 
     Args:
-        maps: each with channels of its own; one with fewer samples is repeated.
+        maps: each with channels of its own. One with fewer samples, whose number divides the
+            largest, is repeated as a whole: 0, 1, 0, 1.
         kernels: for each map (3, 3, c, d), with zeros around the map, or (c, d), of size 1.
         bias: for each channel, or (h, w, d); float32.
         residual: is added.
         swish: f is x sigmoid(x), and the identity otherwise.
+
+    Raises:
+        ValueError: for numbers of samples that do not divide the largest.
     """
+    numbers = [len(x) for x in maps]
+    if any(max(numbers) % number for number in numbers):
+        raise ValueError(f"numbers of samples must divide the largest, got {numbers}")
     _, height, width, _ = maps[0].shape
-    samples, channels, dtype = max(map(len, maps)), kernels[0].shape[-1], maps[0].dtype
+    samples, channels, dtype = max(numbers), kernels[0].shape[-1], maps[0].dtype
     rows = samples * height * width
     tile, taps = _choose_tile(rows, channels, len(maps))
     maps = [x.reshape(-1, x.shape[-1]) for x in maps]
@@ -120,7 +129,8 @@ def _choose_tile(rows: int, channels: int, maps: int) -> tuple[_Tile, int]:
     """The largest tile of which there are enough, and how many of a kernel's taps a block adds up.
 
     As was fastest on an H200. With no more blocks than processors each has one to itself, and more
-    under way. Where maps are too small for any tile, blocks share the taps.
+    under way. Where maps are too small for any tile, blocks share the taps: three each, if that
+    makes half of enough blocks.
     """
     columns = min(128, _power_of_two(channels))
     low = 64 if rows > 32 else 32
@@ -157,8 +167,9 @@ def _convolve_part(*refs, count, size, tile, parts):
     for x, kernel, mine in zip(maps, kernels, parts):
         steps = place.count_steps(x, kernel) // mine
         here = (part >= first) & (part < first + mine)
-        count = steps if len(parts) == 1 else jnp.where(here, jnp.int32(steps), jnp.int32(0))
-        sums = place.add(sums, x, kernel, (part - first) * steps, count)
+        # A loop with no steps where the part is another map's. Triton takes plain numbers for bits.
+        todo = steps if len(parts) == 1 else jnp.where(here, jnp.int32(steps), jnp.int32(0))
+        sums = place.add(sums, x, kernel, (part - first) * steps, todo)
         first += mine
     place.store(out, sums, part)
 
@@ -242,7 +253,8 @@ def attend(
     places, columns = min(group, 128), min(128, _power_of_two(c))
     if pl.cdiv(total, places) * (c // columns) < BLOCKS:
         places, columns = 16, min(32, columns)
-    window = min(group, WINDOW if len(key_bias) + columns <= 160 else WINDOW // 2)
+    wide = len(key_bias) + columns > WINDOW_CHANNELS
+    window = min(group, WINDOW // 2 if wide else WINDOW)
     added = [x.reshape(total, c)] + ([] if vectors is None else [vectors])
     y = pl.pallas_call(
         partial(_attend, n=n, group=group, window=window, places=places, columns=columns),

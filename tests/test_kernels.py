@@ -34,21 +34,26 @@ def convolve_plainly(maps, convolutions, bias, residual=None, swish=False):
     return jax.nn.swish(y) if swish else y
 
 
-@pytest.mark.parametrize("enough", [1, 20, 10**6], ids=["whole", "as it comes", "in parts"])
+@pytest.mark.parametrize(
+    "enough, processors",
+    [(1, 132), (1, 0), (20, 132), (10**6, 10**6)],
+    ids=["whole", "many", "as it comes", "in parts"],
+)
 @pytest.mark.parametrize(
     "samples, size, channels, width",
     [
         ((2,), 4, (48,), 32),  # 48 = 3 x 16: three steps a tap.
-        ((3, 3), 4, (32, 16), 48),  # 48 positions, in tiles of 64.
+        ((3, 3), 4, (32, 16), 48),  # 48 positions, in tiles of 64 or 128.
         ((4, 2), 8, (16, 32), 16),  # A map of half the samples.
     ],
 )
 @pytest.mark.parametrize("second", [3, 1])
 @pytest.mark.parametrize("ends", ["vector", "map", "residual"])
 def test_a_convolution_is_the_sum_of_all_maps_and_what_follows(
-    monkeypatch, enough, samples, size, channels, width, second, ends
+    monkeypatch, enough, processors, samples, size, channels, width, second, ends
 ):
     monkeypatch.setattr(kernels, "BLOCKS", enough)
+    monkeypatch.setattr(kernels, "PROCESSORS", processors)
     maps = [draw_map(b, size, size, c) for b, c in zip(samples, channels)]
     shapes = [(3, 3), (3, 3) if second == 3 else ()]
     convolutions = [draw(*shape, c, width) for shape, c in zip(shapes, channels)]
@@ -60,10 +65,16 @@ def test_a_convolution_is_the_sum_of_all_maps_and_what_follows(
     chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
+def test_numbers_of_samples_that_do_not_divide_are_refused():
+    maps = [draw_map(3, 4, 4, 16), draw_map(2, 4, 4, 16)]
+    with pytest.raises(ValueError, match=r"divide the largest, got \[3, 2\]"):
+        kernels.convolve(maps, [draw(16, 16)] * 2, draw_map(16))
+
+
 def test_few_tiles_share_their_taps_and_many_do_not():
-    parts = {rows: kernels._choose_tile(rows, 512, 1) for rows in (32, 2048, 32768)}
-    assert [taps for _, taps in parts.values()] == [1, 9, 9]
-    assert [tile.rows for tile, _ in parts.values()] == [32, 64, 128]
+    parts = {rows: kernels._choose_tile(rows, 512, 1) for rows in (32, 512, 2048, 32768)}
+    assert [taps for _, taps in parts.values()] == [1, 3, 9, 9]
+    assert [tile.rows for tile, _ in parts.values()] == [32, 64, 64, 128]
     for rows, (tile, taps) in parts.items():
         tiles = np.prod(tile.count(rows, 512))
         assert tiles >= kernels.BLOCKS or tiles * 9 // taps >= kernels.BLOCKS // 2
@@ -77,11 +88,15 @@ def test_few_tiles_share_their_taps_and_many_do_not():
         (2, 16, 48, 32),
         (1, 64, 32, 16),
         (1, 2 * kernels.WINDOW, 32, 16),
-        (1, kernels.WINDOW, 128, 64),  # Wide keys: two windows of half the size.
+        (1, kernels.WINDOW, 128, 64),  # Wide keys: in large tiles, two windows of half the size.
     ],
 )
 @pytest.mark.parametrize("with_vectors", [False, True])
-def test_attention_is_that_of_the_blocks(samples, places, channels, inner, with_vectors):
+@pytest.mark.parametrize("enough", [1, 10**6])  # Large tiles, small ones.
+def test_attention_is_that_of_the_blocks(
+    monkeypatch, enough, samples, places, channels, inner, with_vectors
+):
+    monkeypatch.setattr(kernels, "BLOCKS", enough)
     projected = draw_map(samples, places, 2 * inner + channels)
     x, bias = draw_map(samples, places, channels), draw_map(inner)
     vectors = draw_map(samples, channels) if with_vectors else None

@@ -1,9 +1,9 @@
-"""Bounds of the figures, on features whose structure is known."""
+"""Baselines of the figures, on features whose structure is known."""
 
 import numpy as np
 import pytest
 
-from scripts import quality_bounds as bounds
+from scripts import quality_baselines as baselines
 
 STYLES = ("flat", "shaded", "outlined")
 
@@ -17,11 +17,11 @@ def make_pictures(noise=0.0, apart=1.0, concepts=40):
     split = np.where((concept % 5 == 0) & (style == concept // 5 % 3), "cell", "train")
     split = np.where(concept >= concepts - 5, "test", split)
     features = words[concept] + apart * hands[style] + noise * rng.normal(size=(len(rows), 24))
-    return bounds.Pictures(features, words[concept], np.array(STYLES)[style], concept, split)
+    return baselines.Pictures(features, words[concept], np.array(STYLES)[style], concept, split)
 
 
 def find(pictures, name, split):
-    return next(f for n, s, f in bounds.compare(pictures) if (n, s) == (name, split))
+    return next(f for n, s, f in baselines.compare(pictures) if (n, s) == (name, split))
 
 
 def test_a_concept_moved_from_other_styles_is_found_where_styles_only_move_it():
@@ -53,9 +53,9 @@ def test_a_ridge_for_each_style_undoes_more_than_a_shift():
     assert ridge > find(pictures, "moved", "cell")[0].value
 
 
-@pytest.mark.parametrize("sharpness", bounds.SHARPNESS)
+@pytest.mark.parametrize("sharpness", baselines.SHARPNESS)
 def test_a_regression_repeats_what_it_learnt(sharpness):
     pictures = make_pictures()
     trained = pictures.find("train")
-    [found] = bounds.regress(pictures, [trained], sharpness, ridge=1e-6)
+    [found] = baselines.regress(pictures, [trained], sharpness, ridge=1e-6)
     np.testing.assert_allclose(found, pictures.features[trained], atol=0.05)

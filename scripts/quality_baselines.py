@@ -1,15 +1,16 @@
-"""A folder of emoji => how far the figures of docs/quality.md can go without drawing anything.
+"""A folder of emoji => what simple learners reach in the figures of docs/quality.md, undrawn.
 
-    python -m scripts.quality_bounds --pictures=FOLDER
+    python -m scripts.quality_baselines --pictures=FOLDER
 
 FOLDER is what `encode.py --config=configs/emoji.py` draws, `emoji` in the user's cache. Nothing is
 drawn, and regressions in closed form are all that is trained, in the feature space in which
 pictures are compared:
 
-    apart        each real picture, looked up among all others: what a second drawing of the same
-                 thing by the same hand could expect of "style"
+    apart        each real picture, looked up among all others: how much the nearest picture says of
+                 a style where the picture itself is not there
     moved        the mean of the concept's training pictures in other styles, each moved by the
-                 difference of the two styles' means: who knows all of these pictures
+                 difference of the two styles' means. Its parts are among what is searched, so that
+                 the nearest is easily one of them, in another style
     moved by W   the same, moved by a ridge regression for the style
     text         kernel ridge regression from the embedding of the name, and the style, to features:
                  what a text says of a picture, learnt from all training pictures
