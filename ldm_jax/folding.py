@@ -95,7 +95,7 @@ def fold(network: Any, variables: Any, by_kernels: bool = False) -> FoldedUNet:
                 unit_params, unit_stats = unit_params[name], unit_stats[name]
             unit, value_bias = _fold_unit(unit_params, unit_stats, size)
             if by_kernels:
-                unit = _for_kernels(unit, size, skip)
+                unit = _for_kernels(unit, skip)
             units.append(_store(unit, size, network.dtype))
             if attention:
                 folded = _fold_cross(unit_params["cross"], unit_stats["cross"])
@@ -311,9 +311,9 @@ def _fold_unit(params: Any, stats: Any, size: int) -> tuple[FoldedUnit, Any]:
     return FoldedUnit(folded_0, Affine(conv_1["kernel"], bias_1), kernel, spatial), value_bias
 
 
-def _for_kernels(unit: FoldedUnit, size: int, skip: int) -> FoldedUnit:
+def _for_kernels(unit: FoldedUnit, skip: int) -> FoldedUnit:
     """As `ldm_jax.kernels` wants it; `skip` is the width of a skip beside the map, or 0."""
-    if skip and size > 2:
+    if skip:
         cut = lambda kernel, axis: tuple(jnp.split(kernel, [kernel.shape[axis] - skip], axis))  # noqa: E731
         conv_0 = unit.conv_0._replace(kernel=cut(unit.conv_0.kernel[0], 2))
         unit = unit._replace(conv_0=conv_0, residual=cut(unit.residual[0], 0))

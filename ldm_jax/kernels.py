@@ -8,6 +8,7 @@ every other device; docs/performance.md has what the kernels gain.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -33,19 +34,24 @@ WINDOW_CHANNELS = 144  # for as many channels of queries and values; for more, h
 def can_run(network: Any) -> bool:
     """Whether these kernels can run a folded `network` on the default device.
 
-    They are tuned and measured on an H200, and left out on all but compute capability 9. They
-    multiply in bfloat16, and work on tiles whose sides are powers of two, of maps of 2 x 2 and
-    more. Wider keys than 128 would not fit into a processor's memory. Arrays that lie elsewhere
-    than on the default device are not seen from here.
+    They are tuned and measured on an H200 with the network of configs/seed.py in bfloat16, and left
+    out for what is far from it: other compute capabilities than 9, widths that 128 does not divide,
+    latents larger than 16 x 16, bottlenecks smaller than 2 x 2, wide keys. They fail for arrays
+    that are committed to another device than the default one, and under a shard_map that checks
+    varying axes; over arrays that are split without shard_map XLA gathers. LDM_JAX_KERNELS=0 in
+    the environment leaves them out.
     """
     config: Any = jax.config  # Its options have no types.
     chosen = config.jax_default_device  # A device, a platform's name or None.
     device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
-    if triton is None or not str(getattr(device, "compute_capability", "")).startswith("9."):
+    if triton is None or os.environ.get("LDM_JAX_KERNELS") == "0":
+        return False
+    if not str(getattr(device, "compute_capability", "")).startswith("9."):
         return False
     size, widths = network.latent_image_size, network.widths
-    fits = size == _power_of_two(size) and all(width % 16 == 0 for width in widths)
-    fits &= size >> (len(widths) - 1) >= 2 and max(widths) // network.key_fraction <= 128
+    fits = size == _power_of_two(size) <= 16 and size >> (len(widths) - 1) >= 2
+    fits &= all(width % 128 == 0 for width in widths)
+    fits &= network.key_fraction >= 8 and max(widths) // network.key_fraction <= 128
     return fits and network.dtype == jnp.bfloat16
 
 

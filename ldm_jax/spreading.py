@@ -60,7 +60,7 @@ def get_loop(mesh: Mesh) -> graphs.RecordedJit:
     """(diffuser, seeds, labels, negative_labels, keys) -> latents, for arrays that lie on a mesh.
 
     Left to itself, XLA gathers whole maps where a sample's two texts are put side by side: of four
-    H200s that cost a sixth (docs/performance.md).
+    H200s that cost a sixth (docs/performance.md). It would gather for all of `ldm_jax.kernels`.
 
     Args:
         mesh: has the weights on every device; all else is split over its devices.
@@ -76,6 +76,7 @@ def get_loop(mesh: Mesh) -> graphs.RecordedJit:
             mesh=mesh,
             in_specs=(PartitionSpec(), split, split, split, split),
             out_specs=split,
-            check_vma=False,  # The loop starts from zeros, which are alike on all devices.
+            # The loop starts from zeros, which are alike on all devices; and kernels say nothing.
+            check_vma=False,
         )
     )
