@@ -139,19 +139,19 @@ def _choose_tile(rows: int, channels: int, maps: int) -> tuple[_Tile, int]:
     makes half of enough blocks.
     """
     columns = min(128, _power_of_two(channels))
-    low = 64 if rows > 32 else 32
+    small = _Tile(64 if rows > 32 else 32, min(64, columns), 128)
     for tile in (
         _Tile(128, columns, 64, warps=8, stages=4),
         _Tile(64, columns, 128, stages=4) if maps == 1 else _Tile(64, columns, 64, stages=5),
-        _Tile(64, min(64, columns), 128),
-        _Tile(low, min(64, columns), 128),
+        small,
     ):
         count = math.prod(tile.count(rows, channels))
-        if count > PROCESSORS:
+        if count > PROCESSORS:  # They share processors, and their memory.
             return _Tile(tile.rows, tile.columns, 64), TAPS
         if count >= BLOCKS:
             return tile, TAPS
-    return tile, 3 if 6 * count >= BLOCKS else 1
+    three_each = 3 * math.prod(small.count(rows, channels))
+    return small, 3 if three_each >= BLOCKS // 2 else 1
 
 
 def _convolve(*refs, count, size, tile, swish):
