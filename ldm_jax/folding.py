@@ -149,7 +149,7 @@ def get_estimator(
     def estimate(x_t, noise_level):
         noise = sinusoidal_embedding(jnp.reshape(noise_level, (1,)), network.noise_emb_dim)
         vectors = text + noise[None] @ folded.noise
-        run = _run_by_kernels if by_kernels else _run
+        run = _run_by_either if by_kernels else _run
         output = run(folded, x_t.astype(network.dtype), vectors)
         return jnp.broadcast_to(_by_set(output, vectors), (k, *x_t.shape))
 
@@ -193,12 +193,19 @@ def _run(
 
 
 @jax.custom_vjp
-def _run_by_kernels(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
+def _run_by_either(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
     """`_run` by kernels, which have no gradients: where one is asked for, XLA runs all of it."""
-    return _run(folded, x, vectors, by_kernels=True)
+    return _run_by_platform(folded, x, vectors)
 
 
-_run_by_kernels.defvjp(
+@jax.jit  # Otherwise a call outside jit would ask for the default device, not for the arrays'.
+def _run_by_platform(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
+    """`_run` by kernels in a program for CUDA, by XLA in any other."""
+    by_kernels = partial(_run, by_kernels=True)
+    return jax.lax.platform_dependent(folded, x, vectors, cuda=by_kernels, default=_run)
+
+
+_run_by_either.defvjp(
     lambda *inputs: jax.vjp(_run, *inputs), lambda backward, gradient: backward(gradient)
 )
 

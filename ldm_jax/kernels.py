@@ -32,21 +32,18 @@ WINDOW_CHANNELS = 144  # for as many channels of queries and values; for more, h
 
 
 def can_run(network: Any) -> bool:
-    """Whether these kernels can run a folded `network` on the default device.
+    """Whether these kernels can run a folded `network` on this process's GPUs.
 
     They are tuned and measured on an H200 with the network of configs/seed.py in bfloat16, and left
     out for what is far from it: other compute capabilities than 9, widths that 128 does not divide,
-    latents larger than 16 x 16, bottlenecks smaller than 2 x 2, wide keys. They fail for arrays
-    that are committed to another device than the default one, and under a shard_map that checks
-    varying axes; over arrays that are split without shard_map XLA gathers. LDM_JAX_KERNELS=0 in
-    the environment leaves them out.
+    latents larger than 16 x 16, bottlenecks smaller than 2 x 2, wide keys. Whether a program is one
+    for such a GPU at all is asked where it is lowered, not here. Over arrays that are split without
+    shard_map XLA gathers. LDM_JAX_KERNELS=0 in the environment leaves them out.
     """
-    config: Any = jax.config  # Its options have no types.
-    chosen = config.jax_default_device  # A device, a platform's name or None.
-    device = chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
     if triton is None or os.environ.get("LDM_JAX_KERNELS") == "0":
         return False
-    if not str(getattr(device, "compute_capability", "")).startswith("9."):
+    capabilities = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
+    if not all(capability.startswith("9.") for capability in capabilities):
         return False
     size, widths = network.latent_image_size, network.widths
     fits = size == _power_of_two(size) <= 16 and size >> (len(widths) - 1) >= 2
@@ -101,7 +98,7 @@ def convolve(
     if taps == TAPS:
         y = pl.pallas_call(
             partial(_convolve, count=len(maps), size=(height, width), tile=tile, swish=swish),
-            out_shape=jax.ShapeDtypeStruct((rows, channels), dtype),
+            out_shape=_describe((rows, channels), dtype, *maps, *kernels, *ends),
             grid=grid,
             **options,
         )(*maps, *kernels, *ends)
@@ -109,7 +106,7 @@ def convolve(
         parts = [max(len(k) // x.shape[1] // taps, 1) for x, k in zip(maps, kernels)]
         sums = pl.pallas_call(
             partial(_convolve_part, count=len(maps), size=(height, width), tile=tile, parts=parts),
-            out_shape=jax.ShapeDtypeStruct((sum(parts), rows, channels), jnp.float32),
+            out_shape=_describe((sum(parts), rows, channels), jnp.float32, *maps, *kernels),
             grid=(*grid, sum(parts)),
             **options,
         )(*maps, *kernels)
@@ -264,7 +261,7 @@ def attend(
     added = [x.reshape(total, c)] + ([] if vectors is None else [vectors])
     y = pl.pallas_call(
         partial(_attend, n=n, group=group, window=window, places=places, columns=columns),
-        out_shape=jax.ShapeDtypeStruct((total, c), x.dtype),
+        out_shape=_describe((total, c), x.dtype, projected, key_bias, *added),
         grid=(pl.cdiv(total, group), group // places, c // columns),
         compiler_params=triton.CompilerParams(num_warps=8 if places == 128 else 4, num_stages=2),
         interpret=_interpret(),
@@ -316,7 +313,7 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     total = 4 * b * height * width  # A multiple of 16: maps are of 2 x 2 and more.
     y = pl.pallas_call(
         partial(_upsample, size=(height, width), rows=rows, columns=columns),
-        out_shape=jax.ShapeDtypeStruct((total, channels), x.dtype),
+        out_shape=_describe((total, channels), x.dtype, x),
         grid=(total // rows, channels // columns),
         compiler_params=triton.CompilerParams(num_warps=4),
         interpret=_interpret(),
@@ -370,6 +367,13 @@ def _rem(a, b):
 def _power_of_two(number: int) -> int:
     """The largest that divides it."""
     return number & -number
+
+
+def _describe(shape: tuple[int, ...], dtype: Any, *inputs: Array) -> jax.ShapeDtypeStruct:
+    """An output, which varies over the axes of a shard_map over which any of the inputs does."""
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    axes = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
 
 
 def _interpret() -> bool:

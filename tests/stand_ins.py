@@ -1,7 +1,9 @@
-"""Small encoders and pictures with known results, for the tests of latent caches."""
+"""Small encoders and pictures with known results for the tests of latent caches; and a GPU."""
 
 import json
+from contextlib import nullcontext
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -96,3 +98,12 @@ def create_clip(folder):
     model = transformers.CLIPModel(config).eval()
     model.save_pretrained(folder)
     return model, vocabulary
+
+
+def pretend_gpu():
+    """To lower for: JAX 0.11 wants to know which one, 0.10 takes any."""
+    if jax.__version_info__ < (0, 11):
+        return nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("gpu",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)

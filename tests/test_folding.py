@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
+from stand_ins import pretend_gpu
 
 from ldm_jax import folding, kernels, sampler
 from ldm_jax.noising import TARGETS, ForwardProcess
@@ -108,7 +110,62 @@ def count_kernels(monkeypatch, enough=kernels.BLOCKS):
         monkeypatch.setattr(kernels, name, partial(count, name, getattr(kernels, name)))
     monkeypatch.setattr(kernels, "BLOCKS", enough)
     monkeypatch.setattr(kernels, "can_run", lambda network: True)
+    monkeypatch.setattr(folding, "_run_by_platform", partial(folding._run, by_kernels=True))
     return calls
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """A process with a GPU, as far as it can be told before anything is compiled."""
+    monkeypatch.setattr(kernels, "can_run", lambda network: True)
+    monkeypatch.setattr(kernels, "_interpret", lambda: False)
+
+
+def count_operations(function, arguments, platform):
+    """Of convolutions by XLA, and of kernels by Triton, in a program for this platform."""
+    with pretend_gpu():
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    return [text.count(name) for name in ("stablehlo.convolution(", "__gpu$xla.gpu.triton")]
+
+
+def test_the_platform_of_a_program_decides_between_xla_and_kernels(as_on_a_gpu):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+    estimate = folding.get_estimator(network, variables, labels)
+    by_xla, by_kernels = [2 * 6, 0], [0, 2 * 6 + 6 + 3]  # Convolutions, attentions, upsamplings.
+    assert count_operations(estimate, (x_t, 0.4), "cpu") == by_xla
+    assert count_operations(estimate, (x_t, 0.4), "cuda") == by_kernels
+    differentiate = jax.grad(lambda x: jnp.sum(estimate(x, 0.4)))
+    assert count_operations(differentiate, (x_t,), "cuda")[1] == 0
+
+
+@pytest.mark.parametrize("transform", [jax.jit, lambda estimate: estimate])
+def test_beside_a_gpu_a_cpu_estimates_by_xla(as_on_a_gpu, transform):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+    found = transform(folding.get_estimator(network, variables, labels))(x_t, 0.4)
+    assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_of_a_mesh_estimate_for_their_own_pictures(as_on_a_gpu, check_vma):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs(4)
+    parts = PartitionSpec("data"), PartitionSpec(None, "data")
+
+    @partial(
+        jax.shard_map,
+        mesh=jax.make_mesh((2,), ("data",), (AxisType.Auto,)),
+        in_specs=(PartitionSpec(), *parts),
+        out_specs=parts[1],
+        check_vma=check_vma,
+    )
+    def estimate(variables, x_t, labels):
+        return folding.get_estimator(network, variables, labels)(x_t, 0.4)
+
+    found = jax.jit(estimate)(variables, x_t, labels)
+    assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
 
 
 def test_folding_in_bfloat16_is_as_close_to_float32_as_the_network_in_bfloat16():

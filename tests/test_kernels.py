@@ -1,6 +1,5 @@
 """Kernels for a GPU, run here by Pallas' interpreter, against what they stand for; and compiled."""
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import chex
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stand_ins import pretend_gpu
 
 from ldm_jax import blocks, kernels
 
@@ -143,8 +143,7 @@ def test_upsampling_is_that_of_the_blocks(shape):
 )
 def test_they_run_for_what_was_measured_and_what_is_like_it(monkeypatch, capability, fields, runs):
     device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
-    cpu = jax.devices("cpu")[0]
-    monkeypatch.setattr(jax, "devices", lambda platform: [device])
+    monkeypatch.setattr(jax, "devices", lambda: [device])
     fields = {
         "dtype": jnp.dtype("bfloat16"),
         "latent_image_size": 16,
@@ -152,10 +151,12 @@ def test_they_run_for_what_was_measured_and_what_is_like_it(monkeypatch, capabil
         "key_fraction": 8,
     } | fields
     assert kernels.can_run(SimpleNamespace(**fields)) == runs
-    with jax.default_device(cpu):
-        assert not kernels.can_run(SimpleNamespace(**fields))
     with monkeypatch.context() as patch:
         patch.setenv("LDM_JAX_KERNELS", "0")
+        assert not kernels.can_run(SimpleNamespace(**fields))
+    with monkeypatch.context() as patch:
+        older = SimpleNamespace(compute_capability="8.0")
+        patch.setattr(jax, "devices", lambda: [device, older])
         assert not kernels.can_run(SimpleNamespace(**fields))
     monkeypatch.setattr(kernels, "triton", None)
     assert not kernels.can_run(SimpleNamespace(**fields))
@@ -186,12 +187,3 @@ def test_they_compile_for_a_gpu(monkeypatch, pictures):
     with pretend_gpu():
         program = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("__gpu$xla.gpu.triton") == 3
-
-
-def pretend_gpu():
-    """JAX 0.11 wants to know for which GPU; 0.10 takes any."""
-    if jax.__version_info__ < (0, 11):
-        return nullcontext()
-    device = jax.sharding.AbstractDevice("NVIDIA H100", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("gpu",), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
