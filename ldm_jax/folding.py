@@ -73,29 +73,24 @@ def can_fold(network: Any, labels: Float[Array, "k n *t e"]) -> bool:
     return plain and network.norm == "batch" and tokens == 1
 
 
-def fold(network: Any, variables: Any, by_kernels: bool = False) -> FoldedUNet:
+def fold(network: Any, variables: Any) -> FoldedUNet:
     """Merges norms and projections, once, in float32; products are then stored in network.dtype.
 
     Args:
         network: a `UNet` for which `can_fold` holds.
         variables: its params and batch_stats.
-        by_kernels: as `ldm_jax.kernels` wants it: skips with kernels of their own, padded keys.
     """
     params, stats = variables["params"], variables["batch_stats"]
     *widths, _ = network.widths
     size, cross = network.latent_image_size, []
 
-    def fold_units(
-        names: Iterator[tuple[str, ...]], size: int, attention: bool = True, skip: int = 0
-    ):
+    def fold_units(names: Iterator[tuple[str, ...]], size: int, attention: bool = True):
         units = []
         for path in names:
             unit_params, unit_stats = params, stats
             for name in path:
                 unit_params, unit_stats = unit_params[name], unit_stats[name]
             unit, value_bias = _fold_unit(unit_params, unit_stats, size)
-            if by_kernels:
-                unit = _for_kernels(unit, skip)
             units.append(_store(unit, size, network.dtype))
             if attention:
                 folded = _fold_cross(unit_params["cross"], unit_stats["cross"])
@@ -111,8 +106,8 @@ def fold(network: Any, variables: Any, by_kernels: bool = False) -> FoldedUNet:
         down.append(fold_units(names(f"down_{i}", depth), size >> i, attention=i > 0))
     bottleneck = fold_units(((f"bottleneck_{i}",) for i in range(depth)), size >> len(widths))
     up = []
-    for i, width in enumerate(reversed(widths)):
-        up.append(fold_units(names(f"up_{i}", depth), size >> (len(widths) - 1 - i), skip=width))
+    for i in range(len(widths)):
+        up.append(fold_units(names(f"up_{i}", depth), size >> (len(widths) - 1 - i)))
 
     # The token is [noise embedding, projected text]; all units' vectors are one product of it.
     kernel = jnp.concatenate([unit.kernel for unit in cross], axis=-1)
@@ -132,6 +127,18 @@ def fold(network: Any, variables: Any, by_kernels: bool = False) -> FoldedUNet:
     )
 
 
+def arrange(folded: FoldedUNet) -> FoldedUNet:
+    """The same for `ldm_jax.kernels`: skips with kernels of their own, and padded keys."""
+    down, bottleneck, up = jax.tree.map(
+        _pad_keys,
+        (folded.down, folded.bottleneck, folded.up),
+        is_leaf=lambda node: isinstance(node, FoldedUnit),
+    )
+    return folded._replace(
+        down=down, bottleneck=bottleneck, up=[list(map(_cut_skip, block)) for block in up]
+    )
+
+
 def get_estimator(
     network: Any, variables: Any, labels: Float[Array, "k n *t e"]
 ) -> Callable[[Float[Array, "n h w c"], Float[Array, ""]], Float[Array, "k n h w c"]]:
@@ -141,39 +148,47 @@ def get_estimator(
     noisy latents, so what comes before the first cross-attention is computed once. Call it outside
     the loop, and the estimate in it.
     """
-    by_kernels = kernels.can_run(network)
-    folded = fold(network, variables, by_kernels)
+    folded, run = fold(network, variables), partial(_run, BY_XLA)
+    if kernels.can_run(network):
+        folded, run = arrange(folded), _run_by_either
     k, n = labels.shape[:2]
     text = _exactly(labels.reshape(k, n, -1), folded.text.kernel) + folded.text.bias[None, None]
 
     def estimate(x_t, noise_level):
         noise = sinusoidal_embedding(jnp.reshape(noise_level, (1,)), network.noise_emb_dim)
         vectors = text + noise[None] @ folded.noise
-        run = _run_by_either if by_kernels else _run
         output = run(folded, x_t.astype(network.dtype), vectors)
         return jnp.broadcast_to(_by_set(output, vectors), (k, *x_t.shape))
 
     return estimate
 
 
+class Operations(NamedTuple):
+    """What XLA and the kernels do each in its way."""
+
+    residual_block: Callable[[FoldedUnit, Sequence[Array]], Array]
+    attend: Callable[[Affine, Array, Array | None], Array]
+    upsample: Callable[[Array], Array]
+
+
 def _run(
-    folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"], by_kernels: bool = False
+    operations: Operations, folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]
 ) -> Array:
     """The network's forward pass, see `UNet.__call__`; x is (n, h, w, c) until sets differ."""
     taken = 0
 
     def run_unit(unit: FoldedUnit, *maps: Array) -> Array:
         nonlocal taken
-        x = _residual_block(unit, maps, by_kernels)
+        x = operations.residual_block(unit, maps)
         if unit.spatial is None:
             return x
         width = x.shape[-1]
         vector = vectors[..., taken : taken + width]
         taken += width
-        attend = _attend_by_kernel if by_kernels else _attend
         if len(x) == vector.shape[0] * vector.shape[1]:
-            return attend(unit.spatial, x, vector.reshape(-1, width))
-        y = _by_set(attend(unit.spatial, x), vectors) + vector[:, :, None, None]
+            return operations.attend(unit.spatial, x, vector.reshape(-1, width))
+        y = operations.attend(unit.spatial, x, None)
+        y = _by_set(y, vectors) + vector[:, :, None, None]
         return y.reshape(-1, *x.shape[1:]).astype(x.dtype)
 
     x = _multiply(x, folded.conv_in).astype(x.dtype)
@@ -186,7 +201,7 @@ def _run(
     for unit in folded.bottleneck:
         x = run_unit(unit, x)
     for block in folded.up:
-        x = kernels.upsample(x) if by_kernels else upsample(x)
+        x = operations.upsample(x)
         for unit in block:
             x = run_unit(unit, x, skips.pop())
     return _multiply(x.astype(jnp.float32), folded.conv_out)
@@ -201,12 +216,13 @@ def _run_by_either(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"])
 @jax.jit  # Otherwise a call outside jit would ask for the default device, not for the arrays'.
 def _run_by_platform(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
     """`_run` by kernels in a program for CUDA, by XLA in any other."""
-    by_kernels = partial(_run, by_kernels=True)
-    return jax.lax.platform_dependent(folded, x, vectors, cuda=by_kernels, default=_run)
+    by_kernels, by_xla = partial(_run, BY_KERNELS), partial(_run, BY_XLA)
+    return jax.lax.platform_dependent(folded, x, vectors, cuda=by_kernels, default=by_xla)
 
 
 _run_by_either.defvjp(
-    lambda *inputs: jax.vjp(_run, *inputs), lambda backward, gradient: backward(gradient)
+    lambda *inputs: jax.vjp(partial(_run, BY_XLA), *inputs),
+    lambda backward, gradient: backward(gradient),
 )
 
 
@@ -221,20 +237,25 @@ def _by_set(x: Array, vectors: Float[Array, "k n v"]) -> Array:
     return x.reshape(-1, vectors.shape[1], *x.shape[1:])
 
 
-def _residual_block(unit: FoldedUnit, maps: Sequence[Array], by_kernels: bool) -> Array:
+def _residual_block(unit: FoldedUnit, maps: Sequence[Array]) -> Array:
     """Of maps whose channels lie side by side; one with fewer samples is repeated."""
-    conv_0, conv_1 = unit.conv_0, unit.conv_1
-    if by_kernels and conv_1.kernel.ndim == 4:
-        h = kernels.convolve(maps, conv_0.kernel, conv_0.bias, swish=True)
-        if not unit.residual:
-            return kernels.convolve([h], [conv_1.kernel], conv_1.bias, residual=maps[0])
-        return kernels.convolve([h, *maps], [conv_1.kernel, *unit.residual], conv_1.bias)
     samples = max(map(len, maps))
     x = jnp.concatenate([_repeat(x, samples) for x in maps], axis=-1)
-    conv_0 = conv_0._replace(kernel=jnp.concatenate(conv_0.kernel, axis=-2))
+    conv_0 = unit.conv_0._replace(kernel=jnp.concatenate(unit.conv_0.kernel, axis=-2))
     h = jax.nn.swish(_conv(x, conv_0)).astype(x.dtype)
     residual = x @ jnp.concatenate(unit.residual) if unit.residual else x
-    return (_conv(h, conv_1) + residual).astype(x.dtype)
+    return (_conv(h, unit.conv_1) + residual).astype(x.dtype)
+
+
+def _residual_block_by_kernels(unit: FoldedUnit, maps: Sequence[Array]) -> Array:
+    """The same by two kernels; by XLA's products for 2 x 2 maps."""
+    conv_0, conv_1 = unit.conv_0, unit.conv_1
+    if conv_1.kernel.ndim == 2:
+        return _residual_block(unit, maps)
+    h = kernels.convolve(maps, conv_0.kernel, conv_0.bias, swish=True)
+    if not unit.residual:
+        return kernels.convolve([h], [conv_1.kernel], conv_1.bias, residual=maps[0])
+    return kernels.convolve([h, *maps], [conv_1.kernel, *unit.residual], conv_1.bias)
 
 
 def _repeat(x: Array, samples: int) -> Array:
@@ -267,7 +288,7 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
 
 
 def _attend(
-    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None = None
+    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None
 ) -> Float[Array, "b h w c"]:
     """x, what the spatial attention adds and, if given, the vectors."""
     b, _, _, channels = x.shape
@@ -280,11 +301,15 @@ def _attend(
 
 
 def _attend_by_kernel(
-    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None = None
+    spatial: Affine, x: Float[Array, "b h w c"], vectors: Float[Array, "b c"] | None
 ) -> Float[Array, "b h w c"]:
     """The same by a kernel."""
     flat = x.reshape(len(x), -1, x.shape[-1])
     return kernels.attend(flat @ spatial.kernel, spatial.bias, flat, vectors).reshape(x.shape)
+
+
+BY_XLA = Operations(_residual_block, _attend, upsample)
+BY_KERNELS = Operations(_residual_block_by_kernels, _attend_by_kernel, kernels.upsample)
 
 
 def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
@@ -318,21 +343,27 @@ def _fold_unit(params: Any, stats: Any, size: int) -> tuple[FoldedUnit, Any]:
     return FoldedUnit(folded_0, Affine(conv_1["kernel"], bias_1), kernel, spatial), value_bias
 
 
-def _for_kernels(unit: FoldedUnit, skip: int) -> FoldedUnit:
-    """As `ldm_jax.kernels` wants it; `skip` is the width of a skip beside the map, or 0."""
-    if skip:
-        cut = lambda kernel, axis: tuple(jnp.split(kernel, [kernel.shape[axis] - skip], axis))  # noqa: E731
-        conv_0 = unit.conv_0._replace(kernel=cut(unit.conv_0.kernel[0], 2))
-        unit = unit._replace(conv_0=conv_0, residual=cut(unit.residual[0], 0))
-    if unit.spatial is not None:
-        kernel, bias = unit.spatial
-        inner = len(bias)
-        more = kernels.pad_keys(inner) - inner
-        query, key, value = jnp.split(kernel, [inner, 2 * inner], axis=1)
-        query, key = (jnp.pad(part, ((0, 0), (0, more))) for part in (query, key))
-        kernel = jnp.concatenate([query, key, value], axis=1)
-        unit = unit._replace(spatial=Affine(kernel, jnp.pad(bias, (0, more))))
-    return unit
+def _cut_skip(unit: FoldedUnit) -> FoldedUnit:
+    """With kernels of its own for the skip, which is as wide as what the unit makes."""
+
+    def cut(kernel):
+        return tuple(jnp.split(kernel, [kernel.shape[-2] - kernel.shape[-1]], axis=-2))
+
+    conv_0 = unit.conv_0._replace(kernel=cut(*unit.conv_0.kernel))
+    return unit._replace(conv_0=conv_0, residual=cut(*unit.residual))
+
+
+def _pad_keys(unit: FoldedUnit) -> FoldedUnit:
+    """With queries and keys as wide as `kernels.attend` wants them."""
+    if unit.spatial is None:
+        return unit
+    kernel, bias = unit.spatial
+    inner = len(bias)
+    more = kernels.pad_keys(inner) - inner
+    query, key, value = jnp.split(kernel, [inner, 2 * inner], axis=1)
+    query, key = (jnp.pad(part, ((0, 0), (0, more))) for part in (query, key))
+    kernel = jnp.concatenate([query, key, value], axis=1)
+    return unit._replace(spatial=Affine(kernel, jnp.pad(bias, (0, more))))
 
 
 def _store(unit: FoldedUnit, size: int, dtype: Any) -> FoldedUnit:

@@ -110,7 +110,8 @@ def count_kernels(monkeypatch, enough=kernels.BLOCKS):
         monkeypatch.setattr(kernels, name, partial(count, name, getattr(kernels, name)))
     monkeypatch.setattr(kernels, "BLOCKS", enough)
     monkeypatch.setattr(kernels, "can_run", lambda network: True)
-    monkeypatch.setattr(folding, "_run_by_platform", partial(folding._run, by_kernels=True))
+    operations = folding.BY_KERNELS._replace(upsample=kernels.upsample)
+    monkeypatch.setattr(folding, "_run_by_platform", partial(folding._run, operations))
     return calls
 
 
