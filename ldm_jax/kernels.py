@@ -3,7 +3,7 @@
 cuDNN leaves a convolution's map in memory, from where XLA reads it again for bias, swish and
 residual; and the maps of few pictures are too small to keep it busy. Here a convolution adds up
 several maps' and ends with all of that, and of small maps it is split among more blocks of threads.
-Attention is one kernel, and no logits leave the chip. `ldm_jax.folding` does the same by XLA for
+Attention is one kernel, and no logits leave the chip. `ldm_jax.estimating` does the same by XLA for
 every other device; docs/performance.md has what the kernels gain.
 """
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import folding, graphs, solvers
+from ldm_jax import estimating, folding, graphs, solvers
 from ldm_jax.guidance import drop_style, guide, guide_apart
 from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.schedules import get_noise_levels
@@ -112,7 +112,7 @@ class Denoiser:
         """What `get_estimator` returns, with all that a loop over noise levels can share done."""
         if not folding.can_fold(self.network, labels):
             return _batch(dataclasses.replace(self, variables=self._in_compute_dtype()), labels)
-        run = folding.get_estimator(self.network, self.variables, labels)
+        run = estimating.get_estimator(self.network, self.variables, labels)
 
         def estimate(x_t, noise_level):
             get_x_zero = lambda output: self.process.get_x_zero(x_t, output, noise_level)  # noqa: E731

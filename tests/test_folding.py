@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from stand_ins import pretend_gpu
 
-from ldm_jax import folding, kernels, sampler
+from ldm_jax import estimating, folding, kernels, sampler
 from ldm_jax.noising import TARGETS, ForwardProcess
 from ldm_jax.unet import get_network
 
@@ -62,12 +62,12 @@ def distance(found, expected):
 @pytest.mark.parametrize("rows", [0, 10**6])
 @pytest.mark.parametrize("tokens", [(), (1,)])
 def test_folded_network_equals_the_network(monkeypatch, rows, tokens):
-    monkeypatch.setitem(folding.MATRIX_ROWS, "cpu", rows)  # Convolutions, then products.
+    monkeypatch.setitem(estimating.MATRIX_ROWS, "cpu", rows)  # Convolutions, then products.
     network = get_network(**FIELDS)
     variables = create_variables(network)
     x_t, labels = draw_inputs(tokens=tokens)
     assert folding.can_fold(network, labels)
-    estimate = folding.get_estimator(network, variables, labels)
+    estimate = estimating.get_estimator(network, variables, labels)
     found = jax.jit(estimate)(x_t, 0.4)
     chex.assert_shape(found, (2, 3, 16, 16, 4))
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
@@ -78,7 +78,7 @@ def test_by_kernels_it_is_the_same_network(monkeypatch, enough):
     network = get_network(**FIELDS_BY_KERNELS)
     variables, (x_t, labels) = create_variables(network), draw_inputs()
     calls = count_kernels(monkeypatch, enough)
-    estimate = folding.get_estimator(network, variables, labels)
+    estimate = estimating.get_estimator(network, variables, labels)
     found = jax.jit(estimate)(x_t, 0.4)
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
     # Two convolutions for each unit but that of 2 x 2; attention for all but the first level's.
@@ -90,7 +90,7 @@ def test_by_kernels_its_gradient_is_the_same(monkeypatch):
     variables, (x_t, labels) = create_variables(network), draw_inputs()
 
     def differentiate():
-        estimate = folding.get_estimator(network, variables, labels)
+        estimate = estimating.get_estimator(network, variables, labels)
         return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(estimate(x, 0.4)))))(x_t)
 
     expected = differentiate()
@@ -110,8 +110,8 @@ def count_kernels(monkeypatch, enough=kernels.BLOCKS):
         monkeypatch.setattr(kernels, name, partial(count, name, getattr(kernels, name)))
     monkeypatch.setattr(kernels, "BLOCKS", enough)
     monkeypatch.setattr(kernels, "can_run", lambda network: True)
-    operations = folding.BY_KERNELS._replace(upsample=kernels.upsample)
-    monkeypatch.setattr(folding, "_run_by_platform", partial(folding._run, operations))
+    operations = estimating.BY_KERNELS._replace(upsample=kernels.upsample)
+    monkeypatch.setattr(estimating, "_run_by_platform", partial(estimating._run, operations))
     return calls
 
 
@@ -133,7 +133,7 @@ def count_operations(function, arguments, platform):
 def test_the_platform_of_a_program_decides_between_xla_and_kernels(as_on_a_gpu):
     network = get_network(**FIELDS_BY_KERNELS)
     variables, (x_t, labels) = create_variables(network), draw_inputs()
-    estimate = folding.get_estimator(network, variables, labels)
+    estimate = estimating.get_estimator(network, variables, labels)
     by_xla, by_kernels = [2 * 6, 0], [0, 2 * 6 + 6 + 3]  # Convolutions, attentions, upsamplings.
     assert count_operations(estimate, (x_t, 0.4), "cpu") == by_xla
     assert count_operations(estimate, (x_t, 0.4), "cuda") == by_kernels
@@ -145,7 +145,7 @@ def test_the_platform_of_a_program_decides_between_xla_and_kernels(as_on_a_gpu):
 def test_beside_a_gpu_a_cpu_estimates_by_xla(as_on_a_gpu, transform):
     network = get_network(**FIELDS_BY_KERNELS)
     variables, (x_t, labels) = create_variables(network), draw_inputs()
-    found = transform(folding.get_estimator(network, variables, labels))(x_t, 0.4)
+    found = transform(estimating.get_estimator(network, variables, labels))(x_t, 0.4)
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
 
 
@@ -163,7 +163,7 @@ def test_devices_of_a_mesh_estimate_for_their_own_pictures(as_on_a_gpu, check_vm
         check_vma=check_vma,
     )
     def estimate(variables, x_t, labels):
-        return folding.get_estimator(network, variables, labels)(x_t, 0.4)
+        return estimating.get_estimator(network, variables, labels)(x_t, 0.4)
 
     found = jax.jit(estimate)(variables, x_t, labels)
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
@@ -174,7 +174,7 @@ def test_folding_in_bfloat16_is_as_close_to_float32_as_the_network_in_bfloat16()
     variables = create_variables(exact)
     x_t, labels = draw_inputs()
     expected = estimate_plainly(exact, variables, x_t, labels, 0.4)
-    folded = folding.get_estimator(network, variables, labels)(x_t, 0.4)
+    folded = estimating.get_estimator(network, variables, labels)(x_t, 0.4)
     plain = estimate_plainly(network, variables, x_t, labels, 0.4)
     assert distance(folded, expected) < 1.2 * distance(plain, expected) < 0.03
 
