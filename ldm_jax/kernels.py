@@ -25,7 +25,8 @@ except ImportError:  # JAX 0.11 announces that a later version will lack it.
     triton = None
 
 TAPS = 9  # Places of a 3 x 3 kernel.
-PROCESSORS = 132  # Of an H100 or H200.
+ROWS = 16  # And columns and channels that a product of Triton's has at least.
+SMS = 132  # Streaming multiprocessors (SMs) of an H100 or H200.
 BLOCKS = 96  # Of threads, enough to keep these busy.
 WINDOW = 256  # Positions that attention looks at, at once,
 WINDOW_CHANNELS = 144  # for as many channels of queries and values; for more, half of them.
@@ -76,13 +77,17 @@ def convolve(
         swish: f is x sigmoid(x), and the identity otherwise.
 
     Raises:
-        ValueError: for numbers of samples that do not divide the largest.
+        ValueError: for numbers of samples that do not divide the largest, or of channels that 16
+            does not divide.
     """
     numbers = [len(x) for x in maps]
     if any(max(numbers) % number for number in numbers):
         raise ValueError(f"numbers of samples must divide the largest, got {numbers}")
     _, height, width, _ = maps[0].shape
     samples, channels, dtype = max(numbers), kernels[0].shape[-1], maps[0].dtype
+    widths = [x.shape[-1] for x in maps] + [channels]
+    if any(width % ROWS for width in widths):
+        raise ValueError(f"numbers of channels must be divisible by {ROWS}, got {widths}")
     rows = samples * height * width
     tile, taps = _choose_tile(rows, channels, len(maps))
     maps = [x.reshape(-1, x.shape[-1]) for x in maps]
@@ -131,9 +136,9 @@ class _Tile(NamedTuple):
 def _choose_tile(rows: int, channels: int, maps: int) -> tuple[_Tile, int]:
     """The largest tile of which there are enough, and how many of a kernel's taps a block adds up.
 
-    As was fastest on an H200. With no more blocks than processors each has one to itself, and more
-    under way. Where maps are too small for any tile, blocks share the taps: three each, if that
-    makes half of enough blocks.
+    As was fastest on an H200. With no more blocks than SMs each has one to itself, and more under
+    way. Where maps are too small for any tile, blocks share the taps: three each, if that makes
+    half of enough blocks.
     """
     columns = min(128, _power_of_two(channels))
     small = _Tile(64 if rows > 32 else 32, min(64, columns), 128)
@@ -143,7 +148,7 @@ def _choose_tile(rows: int, channels: int, maps: int) -> tuple[_Tile, int]:
         small,
     ):
         count = math.prod(tile.count(rows, channels))
-        if count > PROCESSORS:  # They share processors, and their memory.
+        if count > SMS:  # They share SMs, and their memory.
             return _Tile(tile.rows, tile.columns, 64), TAPS
         if count >= BLOCKS:
             return tile, TAPS
@@ -250,13 +255,23 @@ def attend(
         key_bias: float32.
         x: what is added to.
         vectors: added to all places of a sample; float32.
+
+    Raises:
+        ValueError: for other numbers of places, of queries' and keys' channels, or for values'
+            channels that 16 does not divide.
     """
-    b, n, c = x.shape
-    total, group = b * n, max(n, 16)  # Products are of 16 rows at least.
+    (b, n, c), inner = x.shape, len(key_bias)
+    if n != _power_of_two(n):
+        raise ValueError(f"the number of places must be a power of two, got {n}")
+    if inner != (wanted := pad_keys(inner)):
+        raise ValueError(f"queries and keys must have {wanted} channels each, got {inner}")
+    if c % ROWS:
+        raise ValueError(f"values must have a multiple of {ROWS} channels, got {c}")
+    total, group = b * n, max(n, ROWS)
     places, columns = min(group, 128), min(128, _power_of_two(c))
     if pl.cdiv(total, places) * (c // columns) < BLOCKS:
-        places, columns = 16, min(32, columns)
-    wide = len(key_bias) + columns > WINDOW_CHANNELS
+        places, columns = ROWS, min(32, columns)
+    wide = inner + columns > WINDOW_CHANNELS
     window = min(group, WINDOW // 2 if wide else WINDOW)
     added = [x.reshape(total, c)] + ([] if vectors is None else [vectors])
     y = pl.pallas_call(
@@ -271,7 +286,10 @@ def attend(
 
 
 def _attend(projected, key_bias, *refs, n, group, window, places, columns):
-    """A tile of `attend`, with a softmax from window to window (Milakov & Gimelshein 2018)."""
+    """A tile of `attend`, with a softmax from window to window (Milakov & Gimelshein 2018).
+
+    The logits stay on the chip, as in FlashAttention (Dao et al. 2022).
+    """
     x, vectors, out = refs[0], refs[1:-1], refs[-1]
     total, inner = out.shape[0], key_bias.shape[0]
     first = pl.program_id(0) * group
@@ -307,10 +325,16 @@ def _attend(projected, key_bias, *refs, n, group, window, places, columns):
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """As `ldm_jax.blocks.upsample`; XLA's kernel, by itself, takes twice as long."""
+    """As `ldm_jax.blocks.upsample`; XLA's kernel, by itself, takes twice as long.
+
+    Raises:
+        ValueError: for numbers of positions that 4 does not divide.
+    """
     b, height, width, channels = x.shape
     rows, columns = 16, min(128, _power_of_two(channels))
-    total = 4 * b * height * width  # A multiple of 16: maps are of 2 x 2 and more.
+    total = 4 * b * height * width
+    if total % rows:
+        raise ValueError(f"all positions, b h w, must be divisible by 4, got {b * height * width}")
     y = pl.pallas_call(
         partial(_upsample, size=(height, width), rows=rows, columns=columns),
         out_shape=_describe((total, channels), x.dtype, x),

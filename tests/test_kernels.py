@@ -37,7 +37,7 @@ def convolve_plainly(maps, convolutions, bias, residual=None, swish=False):
 
 
 @pytest.mark.parametrize(
-    "enough, processors",
+    "enough, sms",
     [(1, 132), (1, 0), (20, 132), (10**6, 10**6)],
     ids=["whole", "many", "as it comes", "in parts"],
 )
@@ -52,10 +52,10 @@ def convolve_plainly(maps, convolutions, bias, residual=None, swish=False):
 @pytest.mark.parametrize("second", [3, 1])
 @pytest.mark.parametrize("ends", ["vector", "map", "residual"])
 def test_a_convolution_is_the_sum_of_all_maps_and_what_follows(
-    monkeypatch, enough, processors, samples, size, channels, width, second, ends
+    monkeypatch, enough, sms, samples, size, channels, width, second, ends
 ):
     monkeypatch.setattr(kernels, "BLOCKS", enough)
-    monkeypatch.setattr(kernels, "PROCESSORS", processors)
+    monkeypatch.setattr(kernels, "SMS", sms)
     maps = [draw_map(b, size, size, c) for b, c in zip(samples, channels)]
     shapes = [(3, 3), (3, 3) if second == 3 else ()]
     convolutions = [draw(*shape, c, width) for shape, c in zip(shapes, channels)]
@@ -65,12 +65,6 @@ def test_a_convolution_is_the_sum_of_all_maps_and_what_follows(
     found = kernels.convolve(maps, convolutions, bias, **arguments)
     expected = convolve_plainly(maps, convolutions, bias, **arguments)
     chex.assert_trees_all_close(found, expected, atol=1e-5)
-
-
-def test_numbers_of_samples_that_do_not_divide_are_refused():
-    maps = [draw_map(3, 4, 4, 16), draw_map(2, 4, 4, 16)]
-    with pytest.raises(ValueError, match=r"divide the largest, got \[3, 2\]"):
-        kernels.convolve(maps, [draw(16, 16)] * 2, draw_map(16))
 
 
 def test_few_tiles_share_their_taps_and_many_do_not():
@@ -124,6 +118,37 @@ def test_padded_keys_change_no_attention():
 def test_upsampling_is_that_of_the_blocks(shape):
     x = draw_map(*shape)
     chex.assert_trees_all_close(kernels.upsample(x), blocks.upsample(x), atol=1e-6)
+
+
+def convolve_ones(*shapes, width=16):
+    maps, convolutions = map(jnp.ones, shapes), [jnp.ones((shape[-1], width)) for shape in shapes]
+    return kernels.convolve(list(maps), convolutions, jnp.ones(width))
+
+
+def attend_ones(places, inner, channels):
+    projected, x = (jnp.ones((1, places, c)) for c in (2 * inner + channels, channels))
+    return kernels.attend(projected, jnp.ones(inner), x)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: convolve_ones((3, 4, 4, 16), (2, 4, 4, 16)),
+            r"must divide the largest, got \[3, 2\]",
+        ),
+        (lambda: convolve_ones((1, 4, 4, 24)), r"divisible by 16, got \[24, 16\]"),
+        (lambda: convolve_ones((1, 4, 4, 16), width=40), r"divisible by 16, got \[16, 40\]"),
+        (lambda: attend_ones(12, 16, 32), "must be a power of two, got 12"),
+        (lambda: attend_ones(16, 20, 32), "must have 32 channels each, got 20"),
+        (lambda: attend_ones(16, 8, 32), "must have 16 channels each, got 8"),
+        (lambda: attend_ones(16, 16, 24), "multiple of 16 channels, got 24"),
+        (lambda: kernels.upsample(jnp.ones((1, 1, 3, 32))), "divisible by 4, got 3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 @pytest.mark.parametrize(
