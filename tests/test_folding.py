@@ -73,10 +73,11 @@ def test_folded_network_equals_the_network(monkeypatch, rows, tokens):
     assert distance(found, estimate_plainly(network, variables, x_t, labels, 0.4)) < 1e-5
 
 
-@pytest.mark.parametrize("enough", [1, 10**6])
-def test_by_kernels_it_is_the_same_network(monkeypatch, enough):
+@pytest.mark.parametrize("enough, sets", [(1, 1), (1, 2), (10**6, 2), (10**6, 3)])
+def test_by_kernels_it_is_the_same_network(monkeypatch, enough, sets):
     network = get_network(**FIELDS_BY_KERNELS)
     variables, (x_t, labels) = create_variables(network), draw_inputs()
+    labels = jnp.concatenate([labels, 2 * labels])[:sets]
     calls = count_kernels(monkeypatch, enough)
     estimate = estimating.get_estimator(network, variables, labels)
     found = jax.jit(estimate)(x_t, 0.4)
@@ -90,12 +91,26 @@ def test_by_kernels_its_gradient_is_the_same(monkeypatch):
     variables, (x_t, labels) = create_variables(network), draw_inputs()
 
     def differentiate():
-        estimate = estimating.get_estimator(network, variables, labels)
-        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.square(estimate(x, 0.4)))))(x_t)
+        def loss(variables, x_t, labels):
+            return jnp.mean(estimating.get_estimator(network, variables, labels)(x_t, 0.4) ** 2)
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(variables, x_t, labels)
 
     expected = differentiate()
     count_kernels(monkeypatch)
-    chex.assert_trees_all_close(differentiate(), expected, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(differentiate(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_by_kernels_it_maps_over_batches(monkeypatch):
+    network = get_network(**FIELDS_BY_KERNELS)
+    variables, (x_t, labels) = create_variables(network), draw_inputs()
+    count_kernels(monkeypatch)
+    batches, levels = jnp.stack([x_t, 0.5 * x_t]), jnp.array([0.4, 0.8])
+    estimate = estimating.get_estimator(network, variables, labels)
+    found = jax.jit(jax.vmap(estimate))(batches, levels)
+    for i, level in enumerate(levels):
+        expected = estimate_plainly(network, variables, batches[i], labels, level)
+        assert distance(found[i], expected) < 1e-5
 
 
 def count_kernels(monkeypatch, enough=kernels.BLOCKS):
