@@ -15,7 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ldm_jax.initial import Conv, Dense, lecun_normal
+from ldm_jax.attention import attend, attend_projected
+from ldm_jax.conditioning import AddedByToken, Condition
+from ldm_jax.initial import Dense, lecun_normal
+from ldm_jax.normed import add_bias, conv, merge_norm, normed_conv, round_to
 from ldm_jax.norms import Dropout, get_norm
 
 
@@ -39,63 +42,6 @@ def sinusoidal_embedding(
     frequencies = np.exp(np.linspace(math.log(1.0), math.log(1000.0), emb_dim // 2))
     angles = 2 * jnp.pi * noise_levels[:, None] * frequencies.astype(np.float32)[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-def attend(
-    queries: Float[Array, "b n d"],
-    keys: Float[Array, "b p d"],
-    values: Float[Array, "b n c"],
-    *,
-    heads: int = 1,
-    scaled: bool = False,
-    mask: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b p c"]:
-    """softmax(k q^T) v, the softmax over the n query positions, in float32.
-
-    The original's roles are kept: what it calls keys are the p places that receive, what it calls
-    queries the n places that are looked at. `scaled` divides by sqrt(d / heads); positions where
-    `mask` is False are not looked at.
-    """
-
-    def split(x):
-        return x.reshape(*x.shape[:-1], heads, -1)
-
-    q, k, v = split(queries), split(keys), split(values)
-    divisor = math.sqrt(q.shape[-1]) if scaled else 1.0
-    return jnp.reshape(_attend(q, k, v, mask, divisor), (*keys.shape[:2], -1))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, mask, divisor) -> Array:
-    """`attend` with heads apart, (b, n, heads, d); its gradient is written out.
-
-    Derived by JAX, it keeps the logits in float32, reads them again, and hands on their gradient in
-    float32. Here the weights are kept instead of the logits, and the gradient of the logits is
-    rounded to the values' dtype, as the weights are. There is no forward-mode derivative.
-    """
-    return _attend_forward(q, k, v, mask, divisor)[0]
-
-
-def _attend_forward(q, k, v, mask, divisor) -> tuple[Array, tuple]:
-    logits = jnp.einsum("bphd,bnhd->bhpn", k, q, preferred_element_type=jnp.float32) / divisor
-    if mask is not None:
-        logits = jnp.where(mask[:, None, None, :], logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhpn,bnhc->bphc", weights, v), (q, k, v, weights)
-
-
-def _attend_backward(divisor, saved, dy):
-    q, k, v, weights = saved
-    d_weights = jnp.einsum("bphc,bnhc->bhpn", dy, v).astype(jnp.float32)
-    through_sum = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-    d_logits = (weights * (d_weights - through_sum) / divisor).astype(v.dtype)
-    d_q = jnp.einsum("bhpn,bphd->bnhd", d_logits, k)
-    d_k = jnp.einsum("bhpn,bnhd->bphd", d_logits, q)
-    d_v = jnp.einsum("bhpn,bphc->bnhc", weights, dy)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -140,33 +86,38 @@ class ResidualBlock(nn.Module):
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
-        conv = partial(Conv, self.width, dtype=self.dtype)
         layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
-        norm = get_norm(self.norm, affine=False, **layer)
-        residual = x
-        if x.shape[-1] != self.width:
-            residual = conv(kernel_size=(1, 1), name="residual")(x)
-        h = norm(name="norm")(x)
-        h = conv(kernel_size=(3, 3), name="conv_0")(h)
+        norm = partial(get_norm, self.norm, affine=False, **layer)
+        x, channels = x.astype(self.dtype), x.shape[-1]
+        residual, bias = x, 0.0
+        if channels != self.width:
+            kernel, bias = LinearParams((1, 1, channels, self.width), name="residual")()
+            residual = conv(x, kernel)
+        kernel_0, bias_0 = LinearParams((3, 3, channels, self.width), name="conv_0")()
+        kernel_1, bias_1 = LinearParams((3, 3, self.width, self.width), name="conv_1")()
+        if self.norm == "batch":
+            mean, factor, _ = norm(apart=True)(name="norm")(x)
+            h = normed_conv(x, mean, factor, kernel_0, bias_0)
+        else:
+            h = add_bias(conv(norm()(name="norm")(x), kernel_0), bias_0)
         if embedding is not None:
             zeros = nn.initializers.zeros
             film = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
             scale, shift = jnp.split(film(embedding)[:, None, None], 2, axis=-1)
-            h = (1 + scale) * norm(name="norm_film")(h) + shift
+            h = (1 + scale) * norm()(name="norm_film")(h) + shift
         h = Dropout(self.dropout, self.axis_name)(nn.swish(h), train=train)
-        return conv(kernel_size=(3, 3), name="conv_1")(h) + residual
+        return add_bias(conv(h, kernel_1), bias_1 + bias) + residual
 
 
-class DenseParams(nn.Module):
-    """Kernel and bias of an nn.Dense, by the same names and with the same first values."""
+class LinearParams(nn.Module):
+    """Kernel (..., in, out) and bias (out,) as nn.Dense or nn.Conv name and begin them."""
 
-    features: int
+    shape: tuple[int, ...]
 
     @nn.compact
-    def __call__(self, width: int) -> tuple[Float[Array, "w f"], Float[Array, " f"]]:
-        """Args: width: of what the kernel is multiplied with."""
-        kernel = self.param("kernel", lecun_normal, (width, self.features))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+    def __call__(self) -> tuple[Float[Array, "*n c d"], Float[Array, " d"]]:
+        kernel = self.param("kernel", lecun_normal, self.shape)
+        return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 
 class SpatialAttention(nn.Module):
@@ -186,21 +137,38 @@ class SpatialAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], *, train: bool = False
     ) -> Float[Array, "b h w c"]:
-        width = x.shape[-1]
-        norm = get_norm(self.norm, train=train, dtype=self.dtype, axis_name=self.axis_name)
-        h = norm(name="norm_in")(x).reshape(x.shape[0], -1, width)
-        # One product for all three reads the map once, and its gradient likewise.
-        inner = width // self.key_fraction
-        sizes = {"query": inner, "key": inner, "value": width}
-        layers = [DenseParams(size, name=name)(width) for name, size in sizes.items()]
-        kernel, bias = (
-            jnp.concatenate(parts, axis=-1).astype(self.dtype) for parts in zip(*layers)
-        )
-        projected = h @ kernel + bias[None, None]
-        queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
-        h = attend(queries, keys, values, heads=self.heads, scaled=self.scaled)
-        h = Dense(width, dtype=self.dtype, name="out")(h).reshape(x.shape)
-        return norm(name="norm_out")(h)
+        width, inner = x.shape[-1], x.shape[-1] // self.key_fraction
+        layer = {"train": train, "dtype": self.dtype, "axis_name": self.axis_name}
+        sizes = {"query": inner, "key": inner, "value": width, "out": width}
+        layers = [LinearParams((width, size), name=name)() for name, size in sizes.items()]
+        (query, _), (key, key_bias), (value, value_bias), (out, out_bias) = layers
+        if self.heads == 1:  # Nothing but a weighted mean lies between the two.
+            value = round_to(value, self.dtype) @ round_to(out, self.dtype)
+
+        # One product for all three reads the map once, and its gradient likewise. What a query's
+        # bias adds to the logits is the same for all places that are looked at.
+        kernel = jax.lax.optimization_barrier(jnp.concatenate([query, key, value], axis=-1))
+        if self.norm == "batch":
+            apart = get_norm("batch", apart=True, **layer)(name="norm_in")
+            mean, factor, bias = apart(x)
+            kernel, offset = merge_norm(kernel, mean, factor, bias, self.dtype)
+        else:
+            offset = jnp.zeros(kernel.shape[1])
+            x = get_norm(self.norm, **layer)(name="norm_in")(x)
+        projected = x.reshape(x.shape[0], -1, width) @ kernel.astype(self.dtype)
+        _, key_offset, constant = jnp.split(offset, [inner, 2 * inner])
+        options = {"heads": self.heads, "scaled": self.scaled}
+        h = attend_projected(projected, key_bias + key_offset, **options)
+        if self.heads > 1:
+            h, constant = h @ out.astype(self.dtype), constant @ out
+
+        # What is added to all values goes through the weighted mean as it is, and a batch norm in
+        # training takes it away again.
+        constant += value_bias @ out + out_bias
+        if self.norm == "batch" and train:
+            constant = jax.lax.stop_gradient(constant)
+        h = (h + constant[None, None]).astype(self.dtype)
+        return get_norm(self.norm, **layer)(name="norm_out")(h.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -269,20 +237,21 @@ class Unit(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b h w c"],
-        cond: Float[Array, "b n e"],
-        mask: Bool[Array, "b n"] | None = None,
-        embedding: Float[Array, "b e"] | None = None,
+        cond: Condition,
         *,
         train: bool = False,
     ) -> Float[Array, "b h w width"]:
         layer = {"norm": self.norm, "dtype": self.dtype, "axis_name": self.axis_name}
         block = ResidualBlock(self.width, self.dropout, **layer, name="residual")
-        x = block(x, embedding, train=train)
+        x = block(x, cond.embedding, train=train)
         if not self.attention:
             return x
         layer |= {"heads": self.heads, "scaled": self.scaled, "key_fraction": self.key_fraction}
         x = x + SpatialAttention(**layer, name="spatial")(x, train=train)
-        return x + CrossAttention(**layer, name="cross")(x, cond, mask, train=train)
+        if cond.added is not None:
+            return x + AddedByToken(name="cross")(cond.added)
+        cross = CrossAttention(**layer, name="cross")
+        return x + cross(x, cond.tokens, cond.mask, train=train)
 
 
 class DownBlock(nn.Module):
@@ -297,12 +266,12 @@ class DownBlock(nn.Module):
     unit: Any = Unit
 
     @nn.compact
-    def __call__(self, x, cond, mask=None, embedding=None, *, train: bool = False):
-        """x (b, h, w, c), cond (b, n, e) => (b, h/2, w/2, width) and the skips (b, h, w, width)."""
+    def __call__(self, x, cond: Condition, *, train: bool = False):
+        """x (b, h, w, c) => (b, h/2, w/2, width) and the skips (b, h, w, width)."""
         skips = []
         for i in range(self.block_depth):
             unit = self.unit(self.width, self.attention, name=f"unit_{i}")
-            x = unit(x, cond, mask, embedding, train=train)
+            x = unit(x, cond.of(f"unit_{i}"), train=train)
             skips.append(x)
         return nn.avg_pool(x, (2, 2), strides=(2, 2)), skips
 
@@ -315,11 +284,11 @@ class UpBlock(nn.Module):
     unit: Any = Unit
 
     @nn.compact
-    def __call__(self, x, skips, cond, mask=None, embedding=None, *, train: bool = False):
+    def __call__(self, x, skips, cond: Condition, *, train: bool = False):
         """x (b, h, w, c), skips (b, 2h, 2w, s) in the order made => (b, 2h, 2w, width)."""
         x = upsample(x)
         for i, skip in enumerate(reversed(skips)):
             x = jnp.concatenate([x, skip], axis=-1)
             unit = self.unit(self.width, self.attention, name=f"unit_{i}")
-            x = unit(x, cond, mask, embedding, train=train)
+            x = unit(x, cond.of(f"unit_{i}"), train=train)
         return x

@@ -8,7 +8,6 @@ every other device; docs/performance.md has what the kernels gain.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,11 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-triton: Any
-try:
-    from jax.experimental.pallas import triton
-except ImportError:  # JAX 0.11 announces that a later version will lack it.
-    triton = None
+from ldm_jax import tiles
 
 TAPS = 9  # Places of a 3 x 3 kernel.
 ROWS = 16  # And columns and channels that a product of Triton's has at least.
@@ -36,21 +31,15 @@ def can_run(network: Any) -> bool:
     """Whether these kernels can run a folded `network` on this process's GPUs.
 
     They are tuned and measured on an H200 with the network of configs/seed.py in bfloat16, and left
-    out for what is far from it: other compute capabilities than 9, widths that 128 does not divide,
-    latents larger than 16 x 16, bottlenecks smaller than 2 x 2, wide keys. Whether a program is one
-    for such a GPU at all is asked where it is lowered, not here. Over arrays that are split without
-    shard_map XLA gathers. LDM_JAX_KERNELS=0 in the environment leaves them out.
+    out for what is far from it: widths that 128 does not divide, latents larger than 16 x 16,
+    bottlenecks smaller than 2 x 2, wide keys, and see `tiles.are_possible`. Over arrays that are
+    split without shard_map XLA gathers.
     """
-    if triton is None or os.environ.get("LDM_JAX_KERNELS") == "0":
-        return False
-    capabilities = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
-    if not all(capability.startswith("9.") for capability in capabilities):
-        return False
     size, widths = network.latent_image_size, network.widths
     fits = size == _power_of_two(size) <= 16 and size >> (len(widths) - 1) >= 2
     fits &= all(width % 128 == 0 for width in widths)
     fits &= network.key_fraction >= 8 and max(widths) // network.key_fraction <= 128
-    return fits and network.dtype == jnp.bfloat16
+    return fits and network.dtype == jnp.bfloat16 and tiles.are_possible()
 
 
 def pad_keys(inner: int) -> int:
@@ -96,14 +85,16 @@ def convolve(
     ends += [] if residual is None else [residual.reshape(rows, channels)]
     grid = tile.count(rows, channels)
     options = {
-        "compiler_params": triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        "interpret": _interpret(),
+        "compiler_params": tiles.triton.CompilerParams(
+            num_warps=tile.warps, num_stages=tile.stages
+        ),
+        "interpret": tiles.interpret(),
         "name": f"convolve_{rows}_{channels}",
     }
     if taps == TAPS:
         y = pl.pallas_call(
             partial(_convolve, count=len(maps), size=(height, width), tile=tile, swish=swish),
-            out_shape=_describe((rows, channels), dtype, *maps, *kernels, *ends),
+            out_shape=tiles.describe((rows, channels), dtype, *maps, *kernels, *ends),
             grid=grid,
             **options,
         )(*maps, *kernels, *ends)
@@ -111,7 +102,7 @@ def convolve(
         parts = [max(len(k) // x.shape[1] // taps, 1) for x, k in zip(maps, kernels)]
         sums = pl.pallas_call(
             partial(_convolve_part, count=len(maps), size=(height, width), tile=tile, parts=parts),
-            out_shape=_describe((sum(parts), rows, channels), jnp.float32, *maps, *kernels),
+            out_shape=tiles.describe((sum(parts), rows, channels), jnp.float32, *maps, *kernels),
             grid=(*grid, sum(parts)),
             **options,
         )(*maps, *kernels)
@@ -163,7 +154,7 @@ def _convolve(*refs, count, size, tile, swish):
     sums = jnp.zeros((tile.rows, tile.columns), jnp.float32)
     for x, kernel in zip(maps, kernels):
         sums = place.add(sums, x, kernel, 0, place.count_steps(x, kernel))
-    loaded = [place.load(x, _rem(place.rows, x.shape[0])) for x in ends]
+    loaded = [place.load(x, tiles.rem(place.rows, x.shape[0])) for x in ends]
     place.store(out, _end(sums, *loaded, swish=swish))
 
 
@@ -198,8 +189,8 @@ class _Place:
         self.column = pl.program_id(1) * tile.columns
         self.columns = self.column + jnp.arange(tile.columns)
         self.rows = pl.program_id(0) * tile.rows + jnp.arange(tile.rows)
-        place = _rem(self.rows, height * width)
-        self.y, self.x = _div(place, width), _rem(place, width)
+        place = tiles.rem(self.rows, height * width)
+        self.y, self.x = tiles.div(place, width), tiles.rem(place, width)
 
     def count_steps(self, x, kernel):
         """Of the loop over a kernel's rows."""
@@ -208,24 +199,24 @@ class _Place:
     def add(self, sums, x, kernel, first, count):
         """sums + the products of `count` steps from the step `first` on."""
         (height, width), depth = self.size, self._depth(x)
-        chunks, near = x.shape[1] // depth, _rem(self.rows, x.shape[0])
+        chunks, near = x.shape[1] // depth, tiles.rem(self.rows, x.shape[0])
 
         def step(k, sums):
             k += first
-            columns = _rem(k, chunks) * depth + jnp.arange(depth)
+            columns = tiles.rem(k, chunks) * depth + jnp.arange(depth)
             if kernel.shape[0] == x.shape[1]:
                 block = x[near[:, None], columns[None]]
             else:
-                tap = _div(k, chunks)
-                i, j = _div(tap, 3) - 1, _rem(tap, 3) - 1
+                tap = tiles.div(k, chunks)
+                i, j = tiles.div(tap, 3) - 1, tiles.rem(tap, 3) - 1
                 down, right = self.y + i, self.x + j
                 inside = (down >= 0) & (down < height) & (right >= 0) & (right < width)
                 mask = jnp.broadcast_to(inside[:, None], (len(inside), depth))
                 at = x.at[(near + i * width + j)[:, None], columns[None]]
-                block = triton.load(at, mask=mask, other=0)
+                block = tiles.triton.load(at, mask=mask, other=0)
             row = pl.multiple_of(k * depth, depth)
             weights = kernel[pl.ds(row, depth), pl.ds(self.column, self.tile.columns)]
-            return sums + _dot(block, weights)
+            return sums + tiles.dot(block, weights)
 
         return jax.lax.fori_loop(0, count, step, sums)
 
@@ -235,7 +226,7 @@ class _Place:
 
     def store(self, out, y, *part):
         at = out.at[*part, self.rows[:, None], self.columns[None]]
-        _store(at, y.astype(out.dtype), self.rows, self.total)
+        tiles.store(at, y.astype(out.dtype), self.rows, self.total)
 
     def _depth(self, x):
         return min(self.tile.depth, _power_of_two(x.shape[1]))
@@ -276,10 +267,12 @@ def attend(
     added = [x.reshape(total, c)] + ([] if vectors is None else [vectors])
     y = pl.pallas_call(
         partial(_attend, n=n, group=group, window=window, places=places, columns=columns),
-        out_shape=_describe((total, c), x.dtype, projected, key_bias, *added),
+        out_shape=tiles.describe((total, c), x.dtype, projected, key_bias, *added),
         grid=(pl.cdiv(total, group), group // places, c // columns),
-        compiler_params=triton.CompilerParams(num_warps=8 if places == 128 else 4, num_stages=2),
-        interpret=_interpret(),
+        compiler_params=tiles.triton.CompilerParams(
+            num_warps=8 if places == 128 else 4, num_stages=2
+        ),
+        interpret=tiles.interpret(),
         name=f"attend_{total}_{c}",
     )(projected.reshape(total, -1), key_bias, *added)
     return y.reshape(b, n, c)
@@ -297,7 +290,7 @@ def _attend(projected, key_bias, *refs, n, group, window, places, columns):
     channels = pl.program_id(2) * columns + jnp.arange(columns)
 
     def load(ref, rows, columns):  # A place after the last is the first one again.
-        return ref[_rem(rows, ref.shape[0])[:, None], columns[None]]
+        return ref[tiles.rem(rows, ref.shape[0])[:, None], columns[None]]
 
     keys = load(projected, rows, inner + jnp.arange(inner))
     keys = (keys.astype(jnp.float32) + key_bias[...][None]).astype(keys.dtype)
@@ -306,22 +299,22 @@ def _attend(projected, key_bias, *refs, n, group, window, places, columns):
         highest, weight, y = carry
         others = first + step * window + jnp.arange(window)
         queries = load(projected, others, jnp.arange(inner))
-        logits = _dot(keys, queries.T)
+        logits = tiles.dot(keys, queries.T)
         if n < group:  # A group holds several samples.
-            same = _div(rows, n)[:, None] == _div(others, n)[None]
+            same = tiles.div(rows, n)[:, None] == tiles.div(others, n)[None]
             logits = jnp.where(same, logits, -jnp.inf)
         higher = jnp.maximum(highest, jnp.max(logits, axis=1))
         weights, shrink = jnp.exp(logits - higher[:, None]), jnp.exp(highest - higher)
         values = load(projected, others, 2 * inner + channels)
-        y = y * shrink[:, None] + _dot(weights.astype(values.dtype), values)
+        y = y * shrink[:, None] + tiles.dot(weights.astype(values.dtype), values)
         return higher, weight * shrink + jnp.sum(weights, axis=1), y
 
     start = jnp.full(places, -jnp.inf), jnp.zeros(places), jnp.zeros((places, columns))
     _, weight, y = jax.lax.fori_loop(0, group // window, look, start)
     y = y / weight[:, None] + load(x, rows, channels).astype(jnp.float32)
     for ref in vectors:
-        y += load(ref, _div(rows, n), channels)
-    _store(out.at[rows[:, None], channels[None]], y.astype(out.dtype), rows, total)
+        y += load(ref, tiles.div(rows, n), channels)
+    tiles.store(out.at[rows[:, None], channels[None]], y.astype(out.dtype), rows, total)
 
 
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
@@ -337,10 +330,10 @@ def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
         raise ValueError(f"all positions, b h w, must be divisible by 4, got {b * height * width}")
     y = pl.pallas_call(
         partial(_upsample, size=(height, width), rows=rows, columns=columns),
-        out_shape=_describe((total, channels), x.dtype, x),
+        out_shape=tiles.describe((total, channels), x.dtype, x),
         grid=(total // rows, channels // columns),
-        compiler_params=triton.CompilerParams(num_warps=4),
-        interpret=_interpret(),
+        compiler_params=tiles.triton.CompilerParams(num_warps=4),
+        interpret=tiles.interpret(),
         name=f"upsample_{total}_{channels}",
     )(x.reshape(-1, channels))
     return y.reshape(b, 2 * height, 2 * width, channels)
@@ -351,8 +344,10 @@ def _upsample(x, out, *, size, rows, columns):
     height, width = size
     places = pl.program_id(0) * rows + jnp.arange(rows)
     channels = pl.program_id(1) * columns + jnp.arange(columns)
-    samples, place = _div(places, 4 * height * width), _rem(places, 4 * height * width)
-    near, far = zip(*map(_neighbours, (_div(place, 2 * width), _rem(place, 2 * width)), size))
+    samples, place = tiles.div(places, 4 * height * width), tiles.rem(places, 4 * height * width)
+    near, far = zip(
+        *map(_neighbours, (tiles.div(place, 2 * width), tiles.rem(place, 2 * width)), size)
+    )
 
     def load(i, j):
         row = (samples * height + i) * width + j
@@ -365,41 +360,15 @@ def _upsample(x, out, *, size, rows, columns):
 
 def _neighbours(place, size):
     """Of a place in a line twice as long: the place that it lies in, and the next one."""
-    near = _div(place, 2)
-    return near, jnp.clip(near + 2 * _rem(place, 2) - 1, 0, size - 1)
+    near = tiles.div(place, 2)
+    return near, jnp.clip(near + 2 * tiles.rem(place, 2) - 1, 0, size - 1)
 
 
-def _store(at, y, rows, total):
-    """Stores the rows before `total`. A mask that is not needed makes a kernel a fifth slower."""
-    mask = None if total % len(rows) == 0 else jnp.broadcast_to((rows < total)[:, None], y.shape)
-    triton.store(at, y, mask=mask)
-
-
-def _dot(a, b):
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
-
-
-def _div(a, b):
-    """a // b of what is not negative, without the cases of what is."""
-    return jax.lax.div(a, jnp.full_like(a, b))
-
-
-def _rem(a, b):
-    return jax.lax.rem(a, jnp.full_like(a, b))
+def _set_up(warps: int, stages: int) -> Any:
+    """Warps of a block, and loads that are under way."""
+    return tiles.triton.CompilerParams(num_warps=warps, num_stages=stages)
 
 
 def _power_of_two(number: int) -> int:
     """The largest that divides it."""
     return number & -number
-
-
-def _describe(shape: tuple[int, ...], dtype: Any, *inputs: Array) -> jax.ShapeDtypeStruct:
-    """An output, which varies over the axes of a shard_map over which any of the inputs does."""
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    axes = jax.sharding.ManualAxisType(varying=varying)
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
-
-
-def _interpret() -> bool:
-    """As JAX, on devices that have no such kernels: slow, for tests."""
-    return jax.default_backend() != "gpu"

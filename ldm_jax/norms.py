@@ -30,6 +30,7 @@ def get_norm(
     dtype: Any,
     affine: bool = True,
     per_token: bool = False,
+    apart: bool = False,
     axis_name: Any = None,
 ) -> Any:
     """The layer that `norm` names, its habits set: partial of BatchNorm, nn.GroupNorm, nn.RMSNorm.
@@ -43,6 +44,7 @@ def get_norm(
         dtype: of what comes out.
         affine: whether the norm has weights.
         per_token: keeps a group norm from mixing the tokens of a sequence.
+        apart: of a batch norm, gives `BatchNormApart`.
         axis_name: see above.
 
     Raises:
@@ -50,7 +52,7 @@ def get_norm(
     """
     if norm == "batch":
         return partial(
-            BatchNorm,
+            BatchNormApart if apart else BatchNorm,
             use_running_average=not train,
             momentum=0.99,
             epsilon=EPSILON,
@@ -96,24 +98,55 @@ class BatchNorm(nn.Module):
         self, x: Float[Array, "b *n c"], mask: Bool[Array, "b *n 1"] | None = None
     ) -> Float[Array, "b *n c"]:
         """Positions where `mask` is False are normalised and left out of the statistics."""
-        shape = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        running, scale, bias = self._get_variables(x.shape[-1])
+        near, var = (variable.value for variable in running)
+        if self.use_running_average:
+            return _affine(x, near, jax.lax.rsqrt(var + self.epsilon), scale, bias).astype(
+                self.dtype
+            )
+        results: Any = normalise(x, scale, bias, mask, near, self.epsilon, self._get_axis_name())
+        y, mean, var = results
+        self._update(running, mean, var)
+        return y.astype(self.dtype)
+
+    def _get_variables(self, channels):
+        """The running mean and variance; scale and bias, or None."""
+        shape = (channels,)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
         scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else None
         bias = self.param("bias", nn.initializers.zeros, shape) if self.use_bias else None
-        if self.use_running_average:
-            factor = jax.lax.rsqrt(running_var.value + self.epsilon)
-            y = _affine(x, running_mean.value, factor, scale, bias)
-        else:
-            axis_name = None if self.is_initializing() else self.axis_name
-            near = running_mean.value
-            results: Any = normalise(x, scale, bias, mask, near, self.epsilon, axis_name)
-            y, mean, var = results
-            if not self.is_initializing():
-                for running, new in ((running_mean, mean), (running_var, var)):
-                    new = jax.lax.stop_gradient(new)
-                    running.value = self.momentum * running.value + (1 - self.momentum) * new
-        return y.astype(self.dtype)
+        return (mean, var), scale, bias
+
+    def _get_axis_name(self):
+        return None if self.is_initializing() else self.axis_name
+
+    def _update(self, running, *batch):
+        if not self.is_initializing():
+            for variable, new in zip(running, batch, strict=True):
+                new = jax.lax.stop_gradient(new)
+                variable.value = self.momentum * variable.value + (1 - self.momentum) * new
+
+
+class BatchNormApart(BatchNorm):
+    """The same layer for a linear one that comes right after it and takes the norm into its kernel.
+
+    (x - mean) factor + bias is left to that layer, see `ldm_jax.normed`.
+    """
+
+    @nn.compact
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Float[Array, "b *n c"]
+    ) -> tuple[Float[Array, " c"], Float[Array, " c"], Float[Array, " c"] | None]:
+        """mean, factor, bias; in training, gradients flow to x through mean and factor."""
+        running, scale, bias = self._get_variables(x.shape[-1])
+        mean, var = (variable.value for variable in running)
+        if not self.use_running_average:
+            results: Any = batch_moments(x, mean, self._get_axis_name())
+            (mean, var), batch = results
+            self._update(running, *batch)
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        return mean, factor if scale is None else factor * scale, bias
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -159,7 +192,7 @@ def _normalise_backward(epsilon, axis_name, saved, cotangents):
     x, scale, bias, mask, mean, factor, count = saved
     dy = cotangents[0].astype(jnp.float32)
     normalised = _affine(x, mean, factor)
-    sum_dy, sum_v_dy = _column_sums(dy, normalised * dy)
+    sum_dy, sum_v_dy = column_sums(dy, normalised * dy)
     d_scale = None if scale is None else sum_v_dy
     d_bias = None if bias is None else sum_dy
     if axis_name is not None:
@@ -186,36 +219,61 @@ def _last_axis(x, v):
     return jnp.reshape(v, (1,) * (x.ndim - 1) + (-1,))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def batch_moments(x: Float[Array, "b *n c"], near: Float[Array, " c"], axis_name: Any) -> Any:
+    """(mean, variance), twice: with gradients to x, varying over the devices as x does; without.
+
+    dL/dx = (dL/dmean + 2 (x - mean) dL/dvar) / N, of N positions on all devices, whose parts of
+    dL/dmean and dL/dvar are added up in one message. `near` and `axis_name` as in `normalise`.
+    """
+    return _batch_moments(x, near, axis_name)[0]
+
+
+def _batch_moments(x, near, axis_name) -> tuple[Any, Any]:
+    mean, var, count = _statistics(x, None, near, axis_name)
+    manual = jax.typeof(x).manual_axis_type
+    varying = tuple(manual.varying - jax.typeof(mean).manual_axis_type.varying) if manual else ()
+    here = (
+        [jax.lax.pcast(v, varying, to="varying") for v in (mean, var)] if varying else [mean, var]
+    )
+    return (tuple(here), (mean, var)), (x, mean, count)
+
+
+def _batch_moments_backward(axis_name, saved, cotangents):
+    x, mean, count = saved
+    d_mean, d_var = cotangents[0]
+    if axis_name is not None:
+        d_mean, d_var = jax.lax.psum(jnp.stack([d_mean, d_var]), axis_name)
+    dx = _affine(x, mean, 2 * d_var / count, None, d_mean / count)
+    return dx.astype(x.dtype), None
+
+
+batch_moments.defvjp(_batch_moments, _batch_moments_backward)
+
+
 def _statistics(x, mask, near, axis_name):
     """Mean and variance (c,), and the number of positions that count, on all devices.
 
-    In one pass: the sums are those of the distances from one position's values, since
-    E[x^2] - E[x]^2 itself loses digits where the mean is large. The devices add up their sums in
-    one message, moved to `near` by the formula of Chan et al. 1979: to the means of all would need
-    a second one. Digits are then lost as the square of the distance from `near` over the variance
-    grows: of a new layer, whose running means are zero, 3e-5 of the variance where the mean is ten
-    deviations, none on one device.
+    In one pass: the sums are those of the distances from `near`, since E[x^2] - E[x]^2 itself loses
+    digits where the mean is large. They are lost as the square of the mean's distance from `near`
+    over the variance grows: of a new layer, whose running means are zero, 3e-5 of the variance
+    where the mean is ten deviations. (Distances from one of the positions would lose none on one
+    device, and keep XLA from adding up a map in the kernel that makes it.)
     """
-    shift = x[(0,) * (x.ndim - 1)].astype(jnp.float32)
-    distance = x.astype(jnp.float32) - _last_axis(x, shift)
+    distance = x.astype(jnp.float32) - _last_axis(x, near)
     count = x.size // x.shape[-1]
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*x.shape[:-1], 1))
         distance, count = jnp.where(mask, distance, 0), jnp.sum(mask).astype(jnp.float32)
-    total, squares = _column_sums(distance, jnp.square(distance))
+    total, squares = column_sums(distance, jnp.square(distance))
     if axis_name is not None:
-        if jax.lax.psum(1, axis_name) == 1:  # Known while tracing.
-            near = jax.lax.psum(shift, axis_name)
-        squares += (shift - near) * (2 * total + count * (shift - near))
-        total += count * (shift - near)
         total, squares = jax.lax.psum(jnp.stack([total, squares]), axis_name)
-        count, shift = jax.lax.psum(count, axis_name), near
-    mean = shift + total / count
+        count = jax.lax.psum(count, axis_name)
     deviations = squares - total * (total / count)
-    return mean, jnp.maximum(deviations, 0) / count, count
+    return near + total / count, jnp.maximum(deviations, 0) / count, count
 
 
-def _column_sums(*maps):
+def column_sums(*maps):
     """Sums over all axes but the last: partial sums over ROWS positions, then the sum of these.
 
     XLA leaves a column sum that it merges with an elementwise result to a few blocks of threads,

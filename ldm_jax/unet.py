@@ -7,7 +7,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax.blocks import DownBlock, Unit, UpBlock, sinusoidal_embedding
+from ldm_jax.blocks import (
+    CrossAttention,
+    DownBlock,
+    Unit,
+    UpBlock,
+    sinusoidal_embedding,
+)
+from ldm_jax.conditioning import Condition, attend_to_token
 from ldm_jax.initial import Conv, Dense
 from ldm_jax.norms import GROUP_SIZE, NORMS
 
@@ -20,13 +27,13 @@ class RematUnit(Unit):
     Chen et al. 2016. Its variables, names and values are the unit's.
     """
 
-    def __call__(self, x, cond, mask=None, embedding=None, *, train=False):
+    def __call__(self, x, cond, *, train=False):
         def run(unit, *inputs):
             return Unit.__call__(unit, *inputs, train=train)
 
         if self.is_initializing():  # A long draw that begins in here is for later units as well.
-            return run(self, x, cond, mask, embedding)
-        return nn.remat(run)(self, x, cond, mask, embedding)
+            return run(self, x, cond)
+        return nn.remat(run)(self, x, cond)
 
 
 class UNet(nn.Module):
@@ -71,17 +78,20 @@ class UNet(nn.Module):
             ValueError: for shapes that the network was not built for.
         """
         self._check(x_t, noise_levels, text_embeddings)
-        unit = partial(
-            RematUnit if self.remat else Unit,
-            heads=self.heads,
-            scaled=self.scaled,
-            key_fraction=self.key_fraction,
-            dropout=self.dropout,
-            norm=self.norm,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
-        cond = self._condition(noise_levels, text_embeddings)  # tokens, their mask, embedding
+        layer = {
+            "heads": self.heads,
+            "scaled": self.scaled,
+            "key_fraction": self.key_fraction,
+            "norm": self.norm,
+            "dtype": self.dtype,
+            "axis_name": self.axis_name,
+        }
+        unit = partial(RematUnit if self.remat else Unit, dropout=self.dropout, **layer)
+        cond = self._condition(noise_levels, text_embeddings)
+        if cond.tokens.shape[1] == 1 and not self.is_initializing():
+            cross = CrossAttention(**layer, parent=None)
+            added = attend_to_token(cross, self.variables, cond.tokens, train=train)
+            cond = cond._replace(added=added)
         *widths, bottleneck = self.widths
         x = Conv(widths[0], (1, 1), dtype=self.dtype, name="conv_in")(x_t.astype(self.dtype))
 
@@ -89,24 +99,25 @@ class UNet(nn.Module):
         skips = []
         for i, width in enumerate(widths):
             down = DownBlock(width, self.block_depth, attention=i > 0, unit=unit, name=f"down_{i}")
-            x, block_skips = down(x, *cond, train=train)
+            x, block_skips = down(x, cond.of(f"down_{i}"), train=train)
             skips.append(block_skips)
 
         # Bottleneck.
         for i in range(self.block_depth):
-            x = unit(bottleneck, name=f"bottleneck_{i}")(x, *cond, train=train)
+            name = f"bottleneck_{i}"
+            x = unit(bottleneck, name=name)(x, cond.of(name), train=train)
 
         # Up. Attention at every resolution.
         for i, width in enumerate(reversed(widths)):
-            x = UpBlock(width, unit=unit, name=f"up_{i}")(x, skips.pop(), *cond, train=train)
+            up = UpBlock(width, unit=unit, name=f"up_{i}")
+            x = up(x, skips.pop(), cond.of(f"up_{i}"), train=train)
 
         conv_out = Conv(
             self.latent_channels, (1, 1), kernel_init=nn.initializers.zeros, name="conv_out"
         )
         return conv_out(x.astype(jnp.float32))
 
-    def _condition(self, noise_levels, text_embeddings):
-        """Tokens (b, n, channels); which of them count (b, n); the embedding (b, e) or None."""
+    def _condition(self, noise_levels, text_embeddings) -> Condition:
         if text_embeddings.ndim == 2:
             text_embeddings = text_embeddings[:, None]
         b, n, _ = text_embeddings.shape
@@ -116,7 +127,7 @@ class UNet(nn.Module):
         noise = jnp.broadcast_to(level[:, None], (b, n, self.noise_emb_dim))
         tokens = jnp.concatenate([noise, text], axis=-1)
         embedding = self._embed(level, text, mask) if self.conditioning == "adaptive" else None
-        return tokens, (mask if n > 1 else None), embedding
+        return Condition(tokens, mask if n > 1 else None, embedding)
 
     def _embed(self, level, text, mask):
         """What scales and shifts all residual blocks: an MLP of noise level and mean token."""

@@ -8,15 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.attention import attend
 from ldm_jax.blocks import (
     CrossAttention,
     DownBlock,
     ResidualBlock,
     SpatialAttention,
     UpBlock,
-    attend,
     sinusoidal_embedding,
 )
+from ldm_jax.conditioning import Condition
 
 
 def draw(*shape, seed=0):
@@ -249,19 +250,22 @@ def test_dropout_zeroes_activations_in_training_alone():
     assert np.mean(np.abs(train(0) - train(1))) > 0.1
 
 
+NOTHING = Condition(np.zeros((1, 1, 1), np.float32))
+
+
 class Identity(nn.Module):
     """Stands in for a unit."""
 
     width: int
     attention: bool = True
 
-    def __call__(self, x, cond, mask=None, embedding=None, *, train=False):
+    def __call__(self, x, cond, *, train=False):
         return x
 
 
 def test_upsampling_is_bilinear_with_half_pixel_centres():
     x = draw(2, 3, 4, 2)
-    upsampled = UpBlock(2, unit=Identity).apply({}, x, [], None)
+    upsampled = UpBlock(2, unit=Identity).apply({}, x, [], NOTHING)
 
     def double(x, axis):  # 3/4 of the near pixel, 1/4 of the far one; the border repeats.
         x = np.moveaxis(x, axis, 0)
@@ -274,13 +278,13 @@ def test_upsampling_is_bilinear_with_half_pixel_centres():
 
 def test_an_up_block_takes_the_latest_skip_first():
     x, skips = draw(1, 2, 2, 1), [np.full((1, 4, 4, 1), i, np.float32) for i in range(3)]
-    result = UpBlock(1, unit=Identity).apply({}, x, skips, None)
+    result = UpBlock(1, unit=Identity).apply({}, x, skips, NOTHING)
     np.testing.assert_array_equal(result[0, 0, 0, 1:], [2, 1, 0])
 
 
 def test_a_down_block_pools_averages_and_keeps_the_output_of_each_unit():
     x = draw(2, 4, 6, 3)
-    pooled, skips = DownBlock(3, block_depth=2, unit=Identity).apply({}, x, None)
+    pooled, skips = DownBlock(3, block_depth=2, unit=Identity).apply({}, x, NOTHING)
     expected = x.reshape(2, 2, 2, 3, 2, 3).mean((2, 4))
     np.testing.assert_allclose(pooled, expected, atol=1e-6)
     assert len(skips) == 2

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from stand_ins import pretend_gpu
 
-from ldm_jax import estimating, folding, kernels, sampler
+from ldm_jax import estimating, folding, kernels, sampler, tiles
 from ldm_jax.noising import TARGETS, ForwardProcess
 from ldm_jax.unet import get_network
 
@@ -134,7 +134,7 @@ def count_kernels(monkeypatch, enough=kernels.BLOCKS):
 def as_on_a_gpu(monkeypatch):
     """A process with a GPU, as far as it can be told before anything is compiled."""
     monkeypatch.setattr(kernels, "can_run", lambda network: True)
-    monkeypatch.setattr(kernels, "_interpret", lambda: False)
+    monkeypatch.setattr(tiles, "interpret", lambda: False)
 
 
 def count_operations(function, arguments, platform):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stand_ins import pretend_gpu
 
-from ldm_jax import blocks, kernels
+from ldm_jax import blocks, kernels, tiles
 
 pytest.importorskip("jax.experimental.pallas.triton", reason="a JAX without Pallas' Triton")
 
@@ -190,7 +190,7 @@ def test_they_run_for_what_was_measured_and_what_is_like_it(monkeypatch, capabil
 @pytest.mark.parametrize("pictures", [1, 64])
 def test_they_compile_for_a_gpu(monkeypatch, pictures):
     """To Triton's language; the rest is the GPU's driver's."""
-    monkeypatch.setattr(kernels, "_interpret", lambda: False)
+    monkeypatch.setattr(tiles, "interpret", lambda: False)
     samples, bf16 = 2 * pictures, jnp.bfloat16
     array = jax.ShapeDtypeStruct
 

@@ -45,7 +45,7 @@ def test_the_batch_norm_keeps_its_digits_far_from_zero():
 def test_the_batch_norm_s_sums_are_those_of_all_positions(shape):
     x = draw(*shape)
     axes = tuple(range(len(shape) - 1))
-    total, squares = norms._column_sums(x, x**2)
+    total, squares = norms.column_sums(x, x**2)
     x = x.astype(np.float64)
     np.testing.assert_allclose(total, x.sum(axes), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(squares, (x**2).sum(axes), rtol=1e-5)
@@ -53,7 +53,7 @@ def test_the_batch_norm_s_sums_are_those_of_all_positions(shape):
 
 def test_partial_sums_join_samples_up_to_256_positions():
     for shape, partials in {(64, 4, 4, 5): 4, (64, 16, 16, 5): 64, (6, 4, 4, 5): 3}.items():
-        jaxpr = jax.make_jaxpr(norms._column_sums)(np.zeros(shape, np.float32))
+        jaxpr = jax.make_jaxpr(norms.column_sums)(np.zeros(shape, np.float32))
         [barrier] = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
         assert barrier.outvars[0].aval.shape == (partials, 5)
 

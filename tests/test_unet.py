@@ -268,4 +268,4 @@ def test_remat_changes_neither_names_nor_values(norm, conditioning, text_shape):
     )
     assert (without, units) == (0, 3)
     # Running statistics move by one batch, not by two.
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=5e-6)

@@ -1,0 +1,201 @@
+"""Kernels for an NVIDIA GPU, in Pallas: attention in training, one forward, one for the gradient.
+
+Queries, keys and values side by side => what each position gets, and back. Weights never leave the
+chip: the gradient's kernel computes them again (FlashAttention, Dao et al. 2022). XLA writes
+logits and weights and reads them again, and copies queries, keys and values, and their gradients,
+out of and into one array.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from ldm_jax import tiles
+
+ROWS = 64  # Positions, of one sample or several, that a block of threads works on.
+CHUNK = 128  # Channels of values, at once.
+
+
+def fits(positions: int, inner: int, channels: int) -> bool:
+    """Whether there are kernels for maps of so many positions, and so wide keys and values."""
+    powers = all(size & (size - 1) == 0 for size in (positions, inner))
+    small = 4 <= positions <= ROWS or (positions <= 256 and channels <= 256)
+    return powers and small and 16 <= inner <= 128 and channels % CHUNK == 0
+
+
+def can_run(projected: Float[Array, "b n _"], inner: int) -> bool:
+    """Whether `attend` has kernels for a map's projections, and this process a GPU for them."""
+    _, n, width = projected.shape
+    fit = projected.dtype == jnp.bfloat16 and fits(n, inner, width - 2 * inner)
+    return fit and tiles.are_possible()
+
+
+def attend(
+    projected: Float[Array, "b n _"], key_bias: Float[Array, " i"], divisor: float
+) -> tuple[Float[Array, "b n c"], Float[Array, " b*n"]]:
+    """softmax((k + key_bias) q^T / divisor) v, the softmax over all n places of q, in float32.
+
+    Args:
+        projected: queries (i channels), keys (i) and values (c) side by side; sizes that `fits`.
+        key_bias: float32.
+        divisor: of the logits.
+
+    Returns:
+        The attention's result, and for each place of k the logarithm of the sum under the softmax.
+    """
+    (b, n, width), inner = projected.shape, len(key_bias)
+    shapes = [((b * n, width - 2 * inner), projected.dtype), ((b * n,), jnp.float32)]
+    y, log_sums = _call(_forward, projected, key_bias, shapes=shapes, n=n, scale=1 / divisor)
+    return y.reshape(b, n, -1), log_sums
+
+
+def get_gradient(
+    projected: Float[Array, "b n _"],
+    key_bias: Float[Array, " i"],
+    y: Float[Array, "b n c"],
+    log_sums: Float[Array, " b*n"],
+    dy: Float[Array, "b n c"],
+    divisor: float,
+) -> Float[Array, "b n _"]:
+    """The gradient of `projected`, from what `attend` got and returned, and the gradient of y."""
+    (b, n, width), channels = projected.shape, y.shape[-1]
+    arguments = [dy.reshape(-1, channels)]
+    arguments += [] if n <= ROWS else [y.reshape(-1, channels), log_sums]
+    kernel = _backward if n <= ROWS else _backward_by_windows
+    shapes = [((b * n, width), projected.dtype)]
+    options = {"shapes": shapes, "n": n, "scale": 1 / divisor}
+    return _call(kernel, projected, key_bias, *arguments, **options)[0].reshape(projected.shape)
+
+
+def _call(kernel, projected, key_bias, *more, shapes, n, scale):
+    total = projected.shape[0] * n
+    return pl.pallas_call(
+        partial(kernel, n=n, scale=scale),
+        out_shape=[tiles.describe(*shape, projected) for shape in shapes],
+        grid=(pl.cdiv(total, ROWS),),
+        compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=tiles.interpret(),
+        name=f"{kernel.__name__}_{n}_{projected.shape[-1]}",
+    )(projected.reshape(total, -1), key_bias, *more)
+
+
+def _forward(projected, key_bias, out, log_sums, *, n, scale):
+    total, inner = out.shape[0], key_bias.shape[0]
+    rows, others = _get_rows(n)
+    keys, queries = _load_keys(projected, rows, key_bias), _load(projected, others, 0, inner)
+    logits = _get_logits(keys, queries, rows, others, n, scale)
+    highest = jnp.max(logits, axis=1)
+    weights = jnp.exp(logits - highest[:, None])
+    sums = jnp.sum(weights, axis=1)
+    weights = (weights / sums[:, None]).astype(out.dtype)
+    for first in range(0, out.shape[1], CHUNK):
+        _put(
+            out, rows, first, tiles.dot(weights, _load(projected, others, 2 * inner + first, CHUNK))
+        )
+    tiles.store(log_sums.at[rows], highest + jnp.log(sums), rows, total)
+
+
+def _backward(projected, key_bias, dy, out, *, n, scale):
+    """Of samples that a block holds as a whole."""
+    inner, dtype = key_bias.shape[0], dy.dtype
+    rows, _ = _get_rows(n)
+    keys, queries = _load_keys(projected, rows, key_bias), _load(projected, rows, 0, inner)
+    logits = _get_logits(keys, queries, rows, rows, n, scale)
+    weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
+    weights = weights / jnp.sum(weights, axis=1)[:, None]
+    rounded = weights.astype(dtype).T
+    d_weights = jnp.zeros((ROWS, ROWS), jnp.float32)
+    for first in range(0, dy.shape[1], CHUNK):
+        part = _load(dy, rows, first, CHUNK)
+        d_weights += tiles.dot(part, _load(projected, rows, 2 * inner + first, CHUNK).T)
+        _put(out, rows, 2 * inner + first, tiles.dot(rounded, part))
+    through_sum = jnp.sum(weights * d_weights, axis=1)
+    d_logits = (weights * (d_weights - through_sum[:, None]) * scale).astype(dtype)
+    _put(out, rows, inner, tiles.dot(d_logits, queries))
+    _put(out, rows, 0, tiles.dot(d_logits.T, keys))
+
+
+def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale):
+    """Of a part of a sample: its keys' gradients, then those of its queries and values."""
+    inner, chunks = key_bias.shape[0], range(0, dy.shape[1], CHUNK)
+    rows, _ = _get_rows(n)
+    first_row = tiles.div(pl.program_id(0) * ROWS, n) * n
+
+    def load(rows):
+        """Keys, queries, values, dy, the sums over a row of y dy; logarithms of a row's sum."""
+        keys, queries = _load_keys(projected, rows, key_bias), _load(projected, rows, 0, inner)
+        values = [_load(projected, rows, 2 * inner + first, CHUNK) for first in chunks]
+        d_y = [_load(dy, rows, first, CHUNK) for first in chunks]
+        products = [
+            jnp.sum(d.astype(jnp.float32) * _load(y, rows, first, CHUNK).astype(jnp.float32), 1)
+            for d, first in zip(d_y, chunks)
+        ]
+        return keys, queries, values, d_y, sum(products[1:], products[0]), log_sums[rows]
+
+    def differentiate(receiving, seen):
+        """Weights and the gradient of logits, rounded."""
+        keys, _, _, d_y, products, log_sum = receiving
+        _, queries, values, _, _, _ = seen
+        weights = jnp.exp(tiles.dot(keys, queries.T) * scale - log_sum[:, None])
+        d_weights = [tiles.dot(d, v.T) for d, v in zip(d_y, values)]
+        d_weights = sum(d_weights[1:], d_weights[0])
+        d_logits = weights * (d_weights - products[:, None]) * scale
+        return weights.astype(dy.dtype), d_logits.astype(dy.dtype)
+
+    mine = load(rows)
+
+    def look(step, d_keys):
+        seen = load(first_row + step * ROWS + jnp.arange(ROWS))
+        _, d_logits = differentiate(mine, seen)
+        return d_keys + tiles.dot(d_logits, seen[1])
+
+    def be_seen(step, carry):
+        d_queries, d_values = carry
+        receiving = load(first_row + step * ROWS + jnp.arange(ROWS))
+        weights, d_logits = differentiate(receiving, mine)
+        d_values = tuple(v + tiles.dot(weights.T, d) for v, d in zip(d_values, receiving[3]))
+        return d_queries + tiles.dot(d_logits.T, receiving[0]), d_values
+
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    d_keys = jax.lax.fori_loop(0, jnp.int32(n // ROWS), look, zeros((ROWS, inner)))
+    _put(out, rows, inner, d_keys)
+    start = zeros((ROWS, inner)), tuple(zeros((ROWS, CHUNK)) for _ in chunks)
+    d_queries, d_values = jax.lax.fori_loop(0, jnp.int32(n // ROWS), be_seen, start)
+    _put(out, rows, 0, d_queries)
+    for first, d in zip(chunks, d_values):
+        _put(out, rows, 2 * inner + first, d)
+
+
+def _get_rows(n):
+    """Positions of this block, and all of its samples."""
+    first, group = pl.program_id(0) * ROWS, max(n, ROWS)
+    return first + jnp.arange(ROWS), tiles.div(first, group) * group + jnp.arange(group)
+
+
+def _get_logits(keys, queries, rows, others, n, scale):
+    logits = tiles.dot(keys, queries.T) * scale
+    if n >= ROWS:
+        return logits
+    same = (
+        tiles.div(rows, n)[:, None] == tiles.div(others, n)[None]
+    )  # A block holds several samples.
+    return jnp.where(same, logits, -jnp.inf)
+
+
+def _load(ref, rows, first, count):
+    """Some columns; a row after the last is the first one again."""
+    columns = first + jnp.arange(count)
+    return ref[tiles.rem(rows, ref.shape[0])[:, None], columns[None]]
+
+
+def _load_keys(projected, rows, bias):
+    keys = _load(projected, rows, bias.shape[0], bias.shape[0])
+    return (keys.astype(jnp.float32) + bias[...][None]).astype(keys.dtype)
+
+
+def _put(out, rows, first, x):
+    columns = first + jnp.arange(x.shape[1])
+    tiles.store(out.at[rows[:, None], columns[None]], x.astype(out.dtype), rows, out.shape[0])

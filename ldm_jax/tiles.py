@@ -1,0 +1,60 @@
+"""What kernels in Pallas have in common: a block of threads works out a tile of an array."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.11 announces that a later version will lack it.
+    triton = None
+
+
+def are_possible() -> bool:
+    """Whether all GPUs of this process are of the capability that the kernels are measured on, 9.
+
+    LDM_JAX_KERNELS=0 in the environment says no. Whether a program is one for a GPU at all is asked
+    where it is lowered, not here.
+    """
+    if triton is None or os.environ.get("LDM_JAX_KERNELS") == "0":
+        return False
+    capabilities = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
+    return all(capability.startswith("9.") for capability in capabilities)
+
+
+def interpret() -> bool:
+    """As JAX, on devices that have no such kernels: slow, for tests."""
+    return jax.default_backend() != "gpu"
+
+
+def describe(shape: tuple[int, ...], dtype: Any, *inputs: Array) -> jax.ShapeDtypeStruct:
+    """An output, which varies over the axes of a shard_map over which any of the inputs does."""
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    axes = jax.sharding.ManualAxisType(varying=varying)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=axes)
+
+
+def store(at: Any, y: Array, rows: Array, total: int) -> None:
+    """Stores the rows before `total`. A mask that is not needed makes a kernel a fifth slower."""
+    inside = rows < total if y.ndim == 1 else (rows < total)[:, None]
+    mask = None if total % len(rows) == 0 else jnp.broadcast_to(inside, y.shape)
+    triton.store(at, y, mask=mask)
+
+
+def dot(a: Array, b: Array) -> Array:
+    """a b, added up in float32."""
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def div(a: Any, b: int) -> Any:
+    """a // b of what is not negative, without the cases of what is."""
+    return jax.lax.div(a, jnp.full_like(a, b))
+
+
+def rem(a: Any, b: int) -> Any:
+    """a % b, likewise."""
+    return jax.lax.rem(a, jnp.full_like(a, b))
