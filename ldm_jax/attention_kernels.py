@@ -6,6 +6,7 @@ logits and weights and reads them again, and copies queries, keys and values, an
 out of and into one array.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -17,6 +18,7 @@ from ldm_jax import tiles
 
 ROWS = 64  # Positions, of one sample or several, that a block of threads works on.
 CHUNK = 128  # Channels of values, at once.
+LOG2_E = math.log2(math.e)
 
 
 def fits(positions: int, inner: int, channels: int) -> bool:
@@ -48,7 +50,8 @@ def attend(
     """
     (b, n, width), inner = projected.shape, len(key_bias)
     shapes = [((b * n, width - 2 * inner), projected.dtype), ((b * n,), jnp.float32)]
-    y, log_sums = _call(_forward, projected, key_bias, shapes=shapes, n=n, scale=1 / divisor)
+    kernel = _forward if n <= ROWS else _forward_by_windows
+    y, log_sums = _call(kernel, projected, key_bias, shapes=shapes, n=n, scale=1 / divisor)
     return y.reshape(b, n, -1), log_sums
 
 
@@ -76,36 +79,51 @@ def _call(kernel, projected, key_bias, *more, shapes, n, scale):
         partial(kernel, n=n, scale=scale),
         out_shape=[tiles.describe(*shape, projected) for shape in shapes],
         grid=(pl.cdiv(total, ROWS),),
-        compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=tiles.triton.CompilerParams(num_warps=4, num_stages=3 if n > ROWS else 2),
         interpret=tiles.interpret(),
         name=f"{kernel.__name__}_{n}_{projected.shape[-1]}",
     )(projected.reshape(total, -1), key_bias, *more)
 
 
 def _forward(projected, key_bias, out, log_sums, *, n, scale):
-    total, inner = out.shape[0], key_bias.shape[0]
-    rows, others = _get_rows(n)
-    keys, queries = _load_keys(projected, rows, key_bias), _load(projected, others, 0, inner)
-    logits = _get_logits(keys, queries, rows, others, n, scale)
-    highest = jnp.max(logits, axis=1)
-    weights = jnp.exp(logits - highest[:, None])
-    sums = jnp.sum(weights, axis=1)
-    weights = (weights / sums[:, None]).astype(out.dtype)
+    """Of samples that a block holds as a whole."""
+    inner, rows = key_bias.shape[0], _get_rows()
+    keys, queries = _load_keys(projected, rows, key_bias), _load(projected, rows, 0, inner)
+    weights, logs = _get_weights(keys, queries, rows, n, scale)
     for first in range(0, out.shape[1], CHUNK):
-        _put(
-            out, rows, first, tiles.dot(weights, _load(projected, others, 2 * inner + first, CHUNK))
-        )
-    tiles.store(log_sums.at[rows], highest + jnp.log(sums), rows, total)
+        values = _load(projected, rows, 2 * inner + first, CHUNK)
+        _put(out, rows, first, tiles.dot(weights.astype(values.dtype), values))
+    tiles.store(log_sums.at[rows], logs, rows, out.shape[0])
+
+
+def _forward_by_windows(projected, key_bias, out, log_sums, *, n, scale):
+    """Of a part of a sample, with a softmax from window to window (Milakov & Gimelshein 2018)."""
+    inner, rows, chunks = key_bias.shape[0], _get_rows(), range(0, out.shape[1], CHUNK)
+    keys, start = _load_keys(projected, rows, key_bias), _get_start(n)
+
+    def look(step, carry):
+        highest, total, ys = carry
+        seen = start + step * ROWS + jnp.arange(ROWS)
+        logits = tiles.dot(keys, _load(projected, seen, 0, inner).T) * (scale * LOG2_E)
+        higher = jnp.maximum(highest, jnp.max(logits, axis=1))
+        weights, shrink = jnp.exp2(logits - higher[:, None]), jnp.exp2(highest - higher)
+        values = [_load(projected, seen, 2 * inner + first, CHUNK) for first in chunks]
+        more = [tiles.dot(weights.astype(v.dtype), v) for v in values]
+        ys = tuple(y * shrink[:, None] + part for y, part in zip(ys, more))
+        return higher, total * shrink + jnp.sum(weights, axis=1), ys
+
+    zeros = tuple(jnp.zeros((ROWS, CHUNK), jnp.float32) for _ in chunks)
+    carry = jnp.full(ROWS, -jnp.inf), jnp.zeros(ROWS), zeros
+    highest, total, ys = jax.lax.fori_loop(0, jnp.int32(n // ROWS), look, carry)
+    for first, y in zip(chunks, ys):
+        _put(out, rows, first, y / total[:, None])
+    tiles.store(log_sums.at[rows], highest / LOG2_E + jnp.log(total), rows, out.shape[0])
 
 
 def _backward(projected, key_bias, dy, out, *, n, scale):
-    """Of samples that a block holds as a whole."""
-    inner, dtype = key_bias.shape[0], dy.dtype
-    rows, _ = _get_rows(n)
+    inner, dtype, rows = key_bias.shape[0], dy.dtype, _get_rows()
     keys, queries = _load_keys(projected, rows, key_bias), _load(projected, rows, 0, inner)
-    logits = _get_logits(keys, queries, rows, rows, n, scale)
-    weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
-    weights = weights / jnp.sum(weights, axis=1)[:, None]
+    weights, _ = _get_weights(keys, queries, rows, n, scale)
     rounded = weights.astype(dtype).T
     d_weights = jnp.zeros((ROWS, ROWS), jnp.float32)
     for first in range(0, dy.shape[1], CHUNK):
@@ -119,10 +137,9 @@ def _backward(projected, key_bias, dy, out, *, n, scale):
 
 
 def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale):
-    """Of a part of a sample: its keys' gradients, then those of its queries and values."""
-    inner, chunks = key_bias.shape[0], range(0, dy.shape[1], CHUNK)
-    rows, _ = _get_rows(n)
-    first_row = tiles.div(pl.program_id(0) * ROWS, n) * n
+    """The gradients of a block's keys, then those of its queries and values."""
+    inner, rows, chunks = key_bias.shape[0], _get_rows(), range(0, dy.shape[1], CHUNK)
+    start = _get_start(n)
 
     def load(rows):
         """Keys, queries, values, dy, the sums over a row of y dy; logarithms of a row's sum."""
@@ -133,13 +150,15 @@ def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale)
             jnp.sum(d.astype(jnp.float32) * _load(y, rows, first, CHUNK).astype(jnp.float32), 1)
             for d, first in zip(d_y, chunks)
         ]
-        return keys, queries, values, d_y, sum(products[1:], products[0]), log_sums[rows]
+        products = sum(products[1:], products[0])
+        return keys, queries, values, d_y, products, log_sums[rows] * LOG2_E
 
     def differentiate(receiving, seen):
         """Weights and the gradient of logits, rounded."""
         keys, _, _, d_y, products, log_sum = receiving
         _, queries, values, _, _, _ = seen
-        weights = jnp.exp(tiles.dot(keys, queries.T) * scale - log_sum[:, None])
+        logits = tiles.dot(keys, queries.T) * (scale * LOG2_E)
+        weights = jnp.exp2(logits - log_sum[:, None])
         d_weights = [tiles.dot(d, v.T) for d, v in zip(d_y, values)]
         d_weights = sum(d_weights[1:], d_weights[0])
         d_logits = weights * (d_weights - products[:, None]) * scale
@@ -148,13 +167,13 @@ def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale)
     mine = load(rows)
 
     def look(step, d_keys):
-        seen = load(first_row + step * ROWS + jnp.arange(ROWS))
+        seen = load(start + step * ROWS + jnp.arange(ROWS))
         _, d_logits = differentiate(mine, seen)
         return d_keys + tiles.dot(d_logits, seen[1])
 
     def be_seen(step, carry):
         d_queries, d_values = carry
-        receiving = load(first_row + step * ROWS + jnp.arange(ROWS))
+        receiving = load(start + step * ROWS + jnp.arange(ROWS))
         weights, d_logits = differentiate(receiving, mine)
         d_values = tuple(v + tiles.dot(weights.T, d) for v, d in zip(d_values, receiving[3]))
         return d_queries + tiles.dot(d_logits.T, receiving[0]), d_values
@@ -162,27 +181,33 @@ def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale)
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     d_keys = jax.lax.fori_loop(0, jnp.int32(n // ROWS), look, zeros((ROWS, inner)))
     _put(out, rows, inner, d_keys)
-    start = zeros((ROWS, inner)), tuple(zeros((ROWS, CHUNK)) for _ in chunks)
-    d_queries, d_values = jax.lax.fori_loop(0, jnp.int32(n // ROWS), be_seen, start)
+    carry = zeros((ROWS, inner)), tuple(zeros((ROWS, CHUNK)) for _ in chunks)
+    d_queries, d_values = jax.lax.fori_loop(0, jnp.int32(n // ROWS), be_seen, carry)
     _put(out, rows, 0, d_queries)
     for first, d in zip(chunks, d_values):
         _put(out, rows, 2 * inner + first, d)
 
 
-def _get_rows(n):
-    """Positions of this block, and all of its samples."""
-    first, group = pl.program_id(0) * ROWS, max(n, ROWS)
-    return first + jnp.arange(ROWS), tiles.div(first, group) * group + jnp.arange(group)
+def _get_rows():
+    """Positions of this block."""
+    return pl.program_id(0) * ROWS + jnp.arange(ROWS)
 
 
-def _get_logits(keys, queries, rows, others, n, scale):
+def _get_start(n):
+    """The first position of this block's sample."""
+    return tiles.div(pl.program_id(0) * ROWS, n) * n
+
+
+def _get_weights(keys, queries, rows, n, scale):
+    """Of samples as a whole; and the logarithms of their sums."""
     logits = tiles.dot(keys, queries.T) * scale
-    if n >= ROWS:
-        return logits
-    same = (
-        tiles.div(rows, n)[:, None] == tiles.div(others, n)[None]
-    )  # A block holds several samples.
-    return jnp.where(same, logits, -jnp.inf)
+    if n < ROWS:  # A block holds several samples.
+        sample = tiles.div(rows, n)
+        logits = jnp.where(sample[:, None] == sample[None], logits, -jnp.inf)
+    highest = jnp.max(logits, axis=1)
+    weights = jnp.exp(logits - highest[:, None])
+    total = jnp.sum(weights, axis=1)
+    return weights / total[:, None], highest + jnp.log(total)
 
 
 def _load(ref, rows, first, count):

@@ -44,22 +44,44 @@ def sinusoidal_embedding(
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
+@jax.custom_vjp
 def upsample(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     """Bilinear upsampling by 2 with half-pixel centres, the edges repeated.
 
     Each new row lies a quarter of a pixel from an old one: 3/4 of it and 1/4 of the next. Written
-    so, XLA fuses it with its neighbours; jax.image.resize multiplies by matrices.
+    so, XLA fuses it with its neighbours, and the gradient likewise; jax.image.resize multiplies by
+    matrices.
     """
 
     def along(x, axis):
-        n = x.shape[axis]
-        part = partial(jax.lax.slice_in_dim, x, axis=axis)
-        before = jnp.concatenate([part(0, 1), part(0, n - 1)], axis)
-        after = jnp.concatenate([part(1, n), part(n - 1, n)], axis)
+        before, after = _shift(x, x, axis)
         both = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)
-        return both.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])
+        return both.reshape(*x.shape[:axis], 2 * x.shape[axis], *x.shape[axis + 1 :])
 
     return along(along(x.astype(jnp.float32), 1), 2).astype(x.dtype)
+
+
+def _upsample_backward(_, dy):
+    def along(dy, axis):
+        first, second = (jax.lax.slice_in_dim(dy, i, None, 2, axis) for i in (0, 1))
+        before, after = _shift(second, first, axis)
+        return 0.75 * (first + second) + 0.25 * (before + after)
+
+    return (along(along(dy.astype(jnp.float32), 2), 1).astype(dy.dtype),)
+
+
+def _shift(x, y, axis):
+    """x moved by one along an axis, behind the first of y; and y moved back, before the last of x.
+
+    Two places of y's and x's pairs are neighbours at the edges.
+    """
+    n, part = x.shape[axis], partial(jax.lax.slice_in_dim, axis=axis)
+    before = jnp.concatenate([part(y, 0, 1), part(x, 0, n - 1)], axis)
+    after = jnp.concatenate([part(y, 1, n), part(x, n - 1, n)], axis)
+    return before, after
+
+
+upsample.defvjp(lambda x: (upsample(x), None), _upsample_backward)
 
 
 class ResidualBlock(nn.Module):

@@ -154,9 +154,9 @@ def add_offset(
 
 
 def _add_offset_backward(_, dy):
-    # A place of a map is a column here, and up to 16 sums lie between all samples and one.
+    # A place of a map is a column here, and up to 64 sums lie between all samples and one.
     samples = len(dy)
-    columns = dy.astype(jnp.float32).reshape(math.gcd(samples, 16), -1, 1, math.prod(dy.shape[1:]))
+    columns = dy.astype(jnp.float32).reshape(math.gcd(samples, 64), -1, 1, math.prod(dy.shape[1:]))
     return dy, jnp.sum(jax.lax.optimization_barrier(jnp.sum(columns, 1)), (0, 1)).reshape(
         dy.shape[1:]
     )
