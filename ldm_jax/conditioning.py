@@ -43,8 +43,9 @@ def attend_to_token(
         In the place of each "cross" among the variables (b, 1, 1, c) and its new statistics.
     """
     by_width = {}
+    held = {name: variables[name] for name in ("params", "batch_stats") if variables.get(name)}
     for path in _find_cross(variables["params"]):
-        own = {name: reduce(getitem, path, tree)["cross"] for name, tree in variables.items()}
+        own = {name: reduce(getitem, path, tree)["cross"] for name, tree in held.items()}
         by_width.setdefault(own["params"]["out"]["bias"].size, {})[path] = own
     added = {}
     for width, parts in by_width.items():
