@@ -164,8 +164,9 @@ class SpatialAttention(nn.Module):
         sizes = {"query": inner, "key": inner, "value": width, "out": width}
         layers = [LinearParams((width, size), name=name)() for name, size in sizes.items()]
         (query, _), (key, key_bias), (value, value_bias), (out, out_bias) = layers
+        out = round_to(out, self.dtype)
         if self.heads == 1:  # Nothing but a weighted mean lies between the two.
-            value = round_to(value, self.dtype) @ round_to(out, self.dtype)
+            value = round_to(value, self.dtype) @ out
 
         # One product for all three reads the map once, and its gradient likewise. What a query's
         # bias adds to the logits is the same for all places that are looked at.

@@ -58,21 +58,23 @@ def _merge_norm(kernel, mean, factor, bias, dtype) -> Any:
 
 
 def _merge_norm_forward(kernel, mean, factor, bias, dtype) -> tuple[Any, Any]:
-    scaled = round_to(round_to(kernel, dtype) * _rows(kernel, factor), dtype)
+    rounded = round_to(kernel, dtype)
+    scaled = round_to(rounded * _rows(kernel, factor), dtype)
     rows = -_rows(kernel, mean) * scaled
-    rows = rows if bias is None else rows + _rows(kernel, bias) * kernel
+    rows = rows if bias is None else rows + _rows(kernel, bias) * rounded
     return (scaled.astype(dtype), jnp.sum(rows, axis=-2)), (kernel, mean, factor, bias)
 
 
 def _merge_norm_backward(dtype, saved, cotangents):
     kernel, mean, factor, bias = saved
+    kernel = round_to(kernel, dtype)
     # Without the barrier XLA has the product that makes d_scaled add what follows, and then cannot
     # split it among enough blocks of threads.
     d_scaled, d_shift = jax.lax.optimization_barrier(cotangents)
     d_shift = d_shift[..., None, :]
     d_scaled = d_scaled.astype(jnp.float32) - _rows(kernel, mean) * d_shift
     d_kernel = d_scaled * _rows(kernel, factor)
-    scaled = round_to(kernel, dtype) * _rows(kernel, factor)
+    scaled = kernel * _rows(kernel, factor)
     sums = [-jnp.sum(scaled * d_shift, -1), jnp.sum(kernel * d_scaled, -1)]
     if bias is not None:
         d_kernel += _rows(kernel, bias) * d_shift

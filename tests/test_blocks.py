@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from ldm_jax.blocks import (
     DownBlock,
     ResidualBlock,
     SpatialAttention,
+    Unit,
     UpBlock,
     sinusoidal_embedding,
 )
@@ -248,6 +250,29 @@ def test_dropout_zeroes_activations_in_training_alone():
 
     np.testing.assert_array_equal(train(0), train(0))
     assert np.mean(np.abs(train(0) - train(1))) > 0.1
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("norm", ["batch", "group"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_kernels_that_travel_in_bfloat16_change_no_unit_in_bfloat16(train, norm, heads):
+    # As with FSDP: a device gets the others' parts of a kernel rounded to the network's dtype.
+    x, cond = jnp.bfloat16(draw(2, 4, 4, 48)), Condition(jnp.bfloat16(draw(2, 3, 16, seed=1)))
+    unit = Unit(32, heads=heads, norm=norm, dtype=jnp.bfloat16)
+    variables = init(unit, x, cond)
+    rounded = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.float32(jnp.bfloat16(x)) if path[-1].key == "kernel" else x, variables
+    )
+
+    @jax.jit
+    def apply(variables):
+        def loss(variables):
+            result = unit.apply(variables, x, cond, train=train, mutable=["batch_stats"])
+            return jnp.sum(jnp.float32(result[0])), result
+
+        return jax.grad(loss, has_aux=True)(variables)
+
+    chex.assert_trees_all_equal(apply(rounded), apply(variables))
 
 
 NOTHING = Condition(np.zeros((1, 1, 1), np.float32))
