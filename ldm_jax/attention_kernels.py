@@ -24,8 +24,8 @@ LOG2_E = math.log2(math.e)
 def fits(positions: int, inner: int, channels: int) -> bool:
     """Whether there are kernels for maps of so many positions, and so wide keys and values."""
     powers = all(size & (size - 1) == 0 for size in (positions, inner))
-    small = 4 <= positions <= ROWS or (positions <= 256 and channels <= 256)
-    return powers and small and 16 <= inner <= 128 and channels % CHUNK == 0
+    most = 256 if channels <= 256 else ROWS
+    return powers and 4 <= positions <= most and 16 <= inner <= 128 and channels % CHUNK == 0
 
 
 def can_run(projected: Float[Array, "b n _"], inner: int) -> bool:

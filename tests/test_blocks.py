@@ -1,15 +1,13 @@
 """The network's layers against numpy: embedding, norms, attention, pooling and upsampling."""
 
-import math
-
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_attention import softmax_attention
 
-from ldm_jax.attention import attend
 from ldm_jax.blocks import (
     CrossAttention,
     DownBlock,
@@ -42,20 +40,6 @@ def init(layer, *inputs):
     return draw_variables(jax.eval_shape(layer.init, jax.random.key(0), *inputs))
 
 
-def softmax_attention(q, k, v, heads=1, scaled=False, mask=None):
-    """Each key's position looks at the queries' positions, by loops and in float64."""
-    q, k, v = (x.astype(np.float64) for x in (q, k, v))
-    out = np.zeros((len(k), k.shape[1], v.shape[2]))
-    depth, width = k.shape[2] // heads, v.shape[2] // heads
-    for i in range(len(k)):
-        for h in range(heads):
-            part, channels = slice(h * depth, (h + 1) * depth), slice(h * width, (h + 1) * width)
-            logits = k[i][:, part] @ q[i][:, part].T / (np.sqrt(depth) if scaled else 1)
-            weights = np.exp(logits) * (1 if mask is None else mask[i])
-            out[i][:, channels] = weights / weights.sum(1, keepdims=True) @ v[i][:, channels]
-    return out
-
-
 def dense(x, params):
     return x @ params["kernel"] + params["bias"]
 
@@ -80,70 +64,6 @@ def test_sinusoidal_embedding_follows_the_formula():
 def test_sinusoidal_embedding_requires_an_even_width_and_rank_one(levels, emb_dim):
     with pytest.raises(ValueError, match="must (be even|have shape)"):
         sinusoidal_embedding(levels, emb_dim)
-
-
-@pytest.mark.parametrize("heads, scaled", [(1, False), (1, True), (4, False), (2, True)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attend_equals_a_literal_softmax(heads, scaled, masked):
-    q, k, v = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 5, 12, seed=2)
-    mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool) if masked else None
-    expected = softmax_attention(q, k, v, heads, scaled, mask)
-    result = jax.jit(attend, static_argnames=["heads", "scaled"])(
-        q, k, v, heads=heads, scaled=scaled, mask=mask
-    )
-    np.testing.assert_allclose(result, expected, atol=1e-5)
-    np.testing.assert_allclose(
-        attend(q, k, v, heads=heads, scaled=scaled, mask=mask), expected, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("heads, scaled", [(1, False), (2, True)])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 1e-2)])
-def test_attend_s_gradient_is_that_of_the_softmax(heads, scaled, masked, dtype, tolerance):
-    mask = np.array([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0]], bool) if masked else None
-    drawn = draw(2, 5, 8), draw(2, 7, 8, seed=1), draw(2, 5, 12, seed=2)
-    rounded = [jnp.asarray(x, dtype) for x in drawn]
-    weights = draw(2, 7, 12, seed=3)
-
-    def literal(q, k, v):
-        q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
-        logits = jnp.einsum("bphd,bnhd->bhpn", k, q) / (math.sqrt(q.shape[-1]) if scaled else 1)
-        logits = logits if mask is None else jnp.where(mask[:, None, None], logits, -jnp.inf)
-        y = jnp.einsum("bhpn,bnhc->bphc", jax.nn.softmax(logits), v)
-        return jnp.sum(weights * y.reshape(weights.shape))
-
-    def ours(q, k, v):
-        return jnp.sum(weights * attend(q, k, v, heads=heads, scaled=scaled, mask=mask))
-
-    expected = jax.grad(literal, (0, 1, 2))(*(jnp.float32(x) for x in rounded))
-    for found, exact in zip(jax.grad(ours, (0, 1, 2))(*rounded), expected, strict=True):
-        assert found.dtype == dtype
-        scale = np.abs(exact).max()
-        np.testing.assert_allclose(np.float32(found), exact, atol=tolerance * scale)
-
-
-def test_attention_keeps_its_weights_for_the_gradient_and_no_logits():
-    q, k, v = (jnp.bfloat16(draw(2, 5, 8, seed=seed)) for seed in range(3))
-    _, pullback = jax.vjp(attend, q, k, v)
-    kept = [x for x in jax.tree.leaves(pullback) if x.shape == (2, 1, 5, 5)]
-    assert [x.dtype for x in kept] == [jnp.bfloat16]
-
-
-def test_attention_computes_its_softmax_in_float32():
-    q, k, v = draw(1, 64, 64), draw(1, 64, 64, seed=1), np.ones((1, 64, 2), np.float32)
-    result = attend(*(jnp.bfloat16(x) for x in (q, k, v)))
-    assert result.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.float32(result), 1.0, atol=1e-2)  # The weights sum to one.
-
-
-def test_masked_positions_get_no_gradient_and_no_nan():
-    q, k, v = draw(1, 3, 4), draw(1, 2, 4, seed=1), draw(1, 3, 4, seed=2)
-    mask = np.array([[True, True, False]])
-    loss = lambda q, v: jnp.sum(attend(q, k, v, mask=mask) ** 2)  # noqa: E731
-    for gradient in jax.grad(loss, argnums=(0, 1))(q, v):
-        assert np.all(np.isfinite(gradient))
-        np.testing.assert_array_equal(gradient[0, 2], 0)
 
 
 @pytest.mark.parametrize("fields", [{}, {"heads": 2, "scaled": True, "key_fraction": 2}])
