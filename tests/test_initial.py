@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from ldm_jax import initial, sharding
 from ldm_jax.initial import SHORTEST, lecun_normal, long_draws
@@ -144,5 +145,7 @@ def test_a_state_takes_few_draws_and_draws_them_once(fields):
     draws = program.count("name=_draw")
     assert 1 <= draws <= 3 < kernels
     assert draws == program.count("random_bits[")
-    # A barrier for each draw, and one for each place where it is cut.
-    assert program.count("optimization_barrier") == draws + program.count(" dynamic_slice[")
+    # A barrier for each draw, one for each place where it is cut, and that of each attention.
+    attentions = sum(path[-2:] == ("query", "kernel") for path in flatten_dict(params))
+    barriers = draws + program.count(" dynamic_slice[") + attentions
+    assert program.count("optimization_barrier") == barriers
