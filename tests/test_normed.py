@@ -179,19 +179,20 @@ def test_kernels_that_were_rounded_on_the_way_give_the_same():
     chex.assert_trees_all_equal(pullback(cotangents), plain(cotangents))
 
 
-@pytest.mark.parametrize("far", [0, 1, 3])
-def test_in_bfloat16_it_is_as_close_as_norm_and_convolution(far):
-    # Means of so many deviations of the map.
-    x, kernel, bias = draw(16, 8, 8, 64), draw_kernel(3, 3, 64, 64), np.zeros(64, np.float32)
-    x = jnp.bfloat16(far + x)
-    wide = np.float64(x)
-    mean, factor = wide.mean((0, 1, 2)), 1 / np.sqrt(wide.var((0, 1, 2)) + 1e-3)
-    expected = convolve_literally((wide - mean) * factor, kernel, bias)
-    normalised = jnp.bfloat16((wide - mean) * factor)
-    plain = measure(np.float32(conv(normalised, jnp.bfloat16(kernel))), expected)
-    inputs = (np.float32(mean), np.float32(factor), kernel, bias)
-    merged = measure(np.float32(jax.jit(normed_conv)(x, *inputs)), expected)
-    assert merged < 2 * plain, (merged, plain)
+@pytest.mark.parametrize("far", [0, 1, 3, 10])
+@pytest.mark.parametrize("run", [lambda f: f, jax.jit])
+def test_in_bfloat16_it_is_as_close_as_norm_and_convolution(run, far):
+    # Means of so many deviations, of a map that is rounded. Compiled for a CPU, a convolution's
+    # result is not; operation by operation it is, and has a mean again that is taken away.
+    exact, kernel = far + draw(16, 8, 8, 64), draw_kernel(3, 3, 64, 64)
+    bias = np.zeros(64, np.float32)
+    mean, factor = exact.mean((0, 1, 2)), 1 / np.sqrt(exact.var((0, 1, 2)) + 1e-3)
+    expected = convolve_literally((np.float64(exact) - mean) * factor, kernel, bias)
+    x = jnp.bfloat16(exact)
+    normalised = jnp.bfloat16((np.float32(x) - mean) * factor)
+    plain = measure(np.float32(run(conv)(normalised, jnp.bfloat16(kernel))), expected)
+    merged = measure(np.float32(run(normed_conv)(x, mean, factor, kernel, bias)), expected)
+    assert merged < 1.5 * plain
 
 
 @pytest.mark.parametrize("samples", [1, 6, 48])
