@@ -287,6 +287,38 @@ def test_spread_by_hand_they_lower_to_kernels_on_a_gpu(monkeypatch):
     assert lower(spread_over_devices(attend_projected), arguments, "cuda") == 2
 
 
+def create_loss(latent_image_size, **fields):
+    """A small network's loss, in training, and its arguments."""
+    network = get_network(latent_image_size, 1, 6, **{"widths": (128, 128), **fields})
+    size = latent_image_size
+    inputs = draw(2, size, size, 4), np.float32([0.2, 0.7]), draw(2, 6, seed=1)
+    variables = jax.jit(network.init)(jax.random.key(0), *inputs)
+    scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
+    loss = get_loss(network, scale, ForwardProcess(), label_dropout=0.1, train=True)
+    batch = {"latents_mean": inputs[0], "text_embeddings": inputs[2]}
+    params = jax.tree.map(lambda x: x, variables["params"])
+    params["conv_out"]["kernel"] = draw(1, 1, 128, 4)
+    return loss, (params, variables.get("batch_stats", {}), jax.random.key(0), batch)
+
+
+@needs_triton
+@pytest.mark.parametrize("conditioning", ["token", "adaptive"])
+def test_a_training_step_by_kernels_has_the_loss_and_gradients_of_one_by_xla(
+    by_kernels, monkeypatch, conditioning
+):
+    def derive():
+        loss, arguments = create_loss(8, conditioning=conditioning, scaled=True)
+        step = jax.value_and_grad(loss, has_aux=True)
+        calls = str(jax.make_jaxpr(step)(*arguments)).count("pallas_call[")
+        return calls, jax.jit(step)(*arguments)
+
+    calls, found = derive()
+    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner: False)
+    none, expected = derive()
+    assert (calls, none) == (4, 0)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 @needs_triton
 @pytest.mark.parametrize(
     "fields, kernels",
@@ -300,14 +332,7 @@ def test_spread_by_hand_they_lower_to_kernels_on_a_gpu(monkeypatch):
 )
 def test_a_training_step_attends_by_kernels_on_a_gpu_alone(monkeypatch, fields, kernels):
     as_on_a_gpu(monkeypatch)
-    fields = {"widths": (128, 128), "dtype": "bfloat16"} | fields
-    network = get_network(16, 1, 6, **fields)
-    inputs = jnp.zeros((2, 16, 16, 4)), jnp.zeros(2), jnp.zeros((2, 6))
-    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
-    loss = get_loss(network, scale, ForwardProcess(), label_dropout=0.1, train=True)
-    batch = {"latents_mean": inputs[0], "text_embeddings": inputs[2]}
-    arguments = variables["params"], variables.get("batch_stats", {}), jax.random.key(0), batch
+    loss, arguments = create_loss(16, **{"dtype": "bfloat16", **fields})
     step = jax.value_and_grad(loss, has_aux=True)
     assert lower(step, arguments, "cuda") == kernels
     assert lower(step, arguments, "cpu") == 0
