@@ -40,7 +40,7 @@ def attend_to_token(
         train: as in `UNet`.
 
     Returns:
-        In the place of each "cross" among the variables (b, 1, 1, c) and its new statistics.
+        In the place of each unit that has a "cross": its result (b, 1, 1, c) and new statistics.
     """
     by_width = {}
     held = {name: variables[name] for name in ("params", "batch_stats") if variables.get(name)}
