@@ -183,7 +183,7 @@ def test_they_run_for_what_was_measured_and_what_is_like_it(monkeypatch, capabil
         older = SimpleNamespace(compute_capability="8.0")
         patch.setattr(jax, "devices", lambda: [device, older])
         assert not kernels.can_run(SimpleNamespace(**fields))
-    monkeypatch.setattr(kernels, "triton", None)
+    monkeypatch.setattr(tiles, "triton", None)
     assert not kernels.can_run(SimpleNamespace(**fields))
 
 
