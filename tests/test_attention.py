@@ -273,7 +273,7 @@ def as_on_a_gpu(monkeypatch):
 
 
 def lower(run, arguments, platform):
-    """Kernels by name, and how often each is called, in the program for a platform."""
+    """Calls of kernels in the program for a platform."""
     with pretend_gpu():
         lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=(platform,))
     return lowered.as_text().count("__gpu$xla.gpu.triton")
@@ -296,9 +296,8 @@ def create_loss(latent_image_size, **fields):
     scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
     loss = get_loss(network, scale, ForwardProcess(), label_dropout=0.1, train=True)
     batch = {"latents_mean": inputs[0], "text_embeddings": inputs[2]}
-    params = jax.tree.map(lambda x: x, variables["params"])
-    params["conv_out"]["kernel"] = draw(1, 1, 128, 4)
-    return loss, (params, variables.get("batch_stats", {}), jax.random.key(0), batch)
+    variables["params"]["conv_out"]["kernel"] = draw(1, 1, 128, 4)  # Instead of zeros.
+    return loss, (variables["params"], variables.get("batch_stats", {}), jax.random.key(0), batch)
 
 
 @needs_triton
@@ -325,6 +324,7 @@ def test_a_training_step_by_kernels_has_the_loss_and_gradients_of_one_by_xla(
     [
         ({}, 4),  # Two attentions, of 8 x 8 and 16 x 16, forward and back.
         ({"norm": "group"}, 4),
+        ({"remat": True}, 6),
         ({"heads": 2}, 0),
         ({"dtype": "float32"}, 0),
         ({"widths": (128, 160)}, 2),
