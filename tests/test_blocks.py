@@ -1,5 +1,7 @@
 """The network's layers against numpy: embedding, norms, attention, pooling and upsampling."""
 
+import math
+
 import chex
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ from ldm_jax.blocks import (
     Unit,
     UpBlock,
     sinusoidal_embedding,
+    upsample,
 )
 from ldm_jax.conditioning import Condition
 
@@ -219,6 +222,17 @@ def test_upsampling_is_bilinear_with_half_pixel_centres():
         return np.moveaxis(pairs.reshape(-1, *x.shape[1:]), 0, axis)
 
     np.testing.assert_allclose(upsampled, double(double(x, 1), 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (4, 5)])
+def test_upsampling_s_gradient_is_its_transpose(size):
+    # <A x, y> = <x, A^T y> of a linear map A, for each x that is one at one place, zero elsewhere.
+    places = np.eye(math.prod(size), dtype=np.float32).reshape(-1, *size, 1)
+    dy = draw(1, 2 * size[0], 2 * size[1], 1)
+    expected = np.sum(np.asarray(upsample(places)) * dy, (1, 2, 3)).reshape(size)
+    for run in (upsample, jax.jit(upsample)):
+        found = jax.vjp(run, np.zeros((1, *size, 1), np.float32))[1](dy)[0]
+        np.testing.assert_allclose(found[0, ..., 0], expected, atol=1e-6)
 
 
 def test_an_up_block_takes_the_latest_skip_first():
