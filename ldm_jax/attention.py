@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ldm_jax import attention_kernels
+from ldm_jax.normed import add_bias
 from ldm_jax.norms import column_sums
 
 
@@ -91,7 +92,7 @@ def attend_projected(
 def _attend_by_xla(projected, key_bias, **options):
     inner = len(key_bias)
     queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
-    return attend(queries, keys + key_bias.astype(keys.dtype)[None, None], values, **options)
+    return attend(queries, add_bias(keys, key_bias), values, **options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -3,7 +3,9 @@
 (x - mean) factor W = x W' - mean W', where W' is W with its rows times the factor. In training that
 leaves out a map, which would be written once and read twice, and the two sums over maps that a
 norm's gradient needs: here they come with the gradient of W', which is smaller by far. Variables,
-what the network puts out and its gradients are those of norm and layer one after the other.
+what the network puts out and its gradients are those of norm and layer one after the other. In
+bfloat16 the mean's part of a layer's result is rounded with the rest: where x has a mean of three
+deviations, the result is twice as far from float32 as by norm and layer, of ten, six times.
 """
 
 import math
