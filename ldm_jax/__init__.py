@@ -12,6 +12,7 @@ from ldm_jax.blocks import (  # noqa: E402
     UpBlock,
     sinusoidal_embedding,
 )
+from ldm_jax.conditioning import Condition  # noqa: E402
 from ldm_jax.encoders import decode_latents, load_vae  # noqa: E402
 from ldm_jax.noising import ForwardProcess, SignalRule, add_noise  # noqa: E402
 from ldm_jax.plotting import imshow, plot_images  # noqa: E402
@@ -21,6 +22,7 @@ from ldm_jax.training import TrainState, get_train_step  # noqa: E402
 from ldm_jax.unet import get_network  # noqa: E402
 
 __all__ = [
+    "Condition",
     "CrossAttention",
     "Denoiser",
     "Diffuser",

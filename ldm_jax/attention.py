@@ -75,6 +75,7 @@ def attend_projected(
     *,
     heads: int = 1,
     scaled: bool = False,
+    by_kernels: bool = True,
 ) -> Float[Array, "b n c"]:
     """`attend` among the positions of a map; on some GPUs by kernels of our own, see `can_run`.
 
@@ -82,9 +83,10 @@ def attend_projected(
         projected: queries (i channels), keys (i) and values (c) side by side.
         key_bias: is added to the keys; float32.
         heads, scaled: as in `attend`.
+        by_kernels: False leaves it to XLA, which alone splits arrays over devices by itself.
     """
     inner = len(key_bias)
-    if heads == 1 and attention_kernels.can_run(projected, inner):
+    if by_kernels and heads == 1 and attention_kernels.can_run(projected, inner):
         return _attend_by_kernels(projected, key_bias, math.sqrt(inner) if scaled else 1.0)
     return _attend_by_xla(projected, key_bias, heads=heads, scaled=scaled)
 

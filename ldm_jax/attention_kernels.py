@@ -24,7 +24,7 @@ LOG2_E = math.log2(math.e)
 def fits(positions: int, inner: int, channels: int) -> bool:
     """Whether there are kernels for maps of so many positions, and so wide keys and values."""
     powers = all(size & (size - 1) == 0 for size in (positions, inner))
-    most = 256 if channels <= 256 else ROWS
+    most = 256 if channels <= 256 and inner + channels <= 320 else ROWS  # Of shared memory.
     return powers and 4 <= positions <= most and 16 <= inner <= 128 and channels % CHUNK == 0
 
 

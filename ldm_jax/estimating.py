@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax import folding, kernels
-from ldm_jax.blocks import attend, sinusoidal_embedding, upsample
+from ldm_jax.attention import attend
+from ldm_jax.blocks import sinusoidal_embedding, upsample
 from ldm_jax.folding import Affine, FoldedUNet, FoldedUnit
 
 # Positions up to which matrix products are faster than a convolution, by JAX's backend.

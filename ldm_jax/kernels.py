@@ -364,11 +364,6 @@ def _neighbours(place, size):
     return near, jnp.clip(near + 2 * tiles.rem(place, 2) - 1, 0, size - 1)
 
 
-def _set_up(warps: int, stages: int) -> Any:
-    """Warps of a block, and loads that are under way."""
-    return tiles.triton.CompilerParams(num_warps=warps, num_stages=stages)
-
-
 def _power_of_two(number: int) -> int:
     """The largest that divides it."""
     return number & -number

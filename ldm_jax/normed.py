@@ -4,8 +4,9 @@
 leaves out a map, which would be written once and read twice, and the two sums over maps that a
 norm's gradient needs: here they come with the gradient of W', which is smaller by far. Variables,
 what the network puts out and its gradients are those of norm and layer one after the other. In
-bfloat16 the mean's part of a layer's result is rounded with the rest: where x has a mean of three
-deviations, the result is twice as far from float32 as by norm and layer, of ten, six times.
+bfloat16 the mean's part of a result and of a kernel's gradient is rounded with the rest: where x
+has a mean of three deviations, these are twice as far from float32 as by norm and layer, of ten,
+six times.
 """
 
 import math

@@ -257,8 +257,8 @@ def _statistics(x, mask, near, axis_name):
     In one pass: the sums are those of the distances from `near`, since E[x^2] - E[x]^2 itself loses
     digits where the mean is large. They are lost as the square of the mean's distance from `near`
     over the variance grows: of a new layer, whose running means are zero, 3e-5 of the variance
-    where the mean is ten deviations. (Distances from one of the positions would lose none on one
-    device, and keep XLA from adding up a map in the kernel that makes it.)
+    where the mean is ten deviations, 3e-3 where it is a hundred. (Distances from one of the
+    positions would lose none on one device, and keep XLA from adding up a map as it makes it.)
     """
     distance = x.astype(jnp.float32) - _last_axis(x, near)
     count = x.size // x.shape[-1]
