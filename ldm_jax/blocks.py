@@ -168,7 +168,8 @@ class SpatialAttention(nn.Module):
         if self.heads == 1:  # Nothing but a weighted mean lies between the two.
             value = round_to(value, self.dtype) @ out
 
-        # One product for all three reads the map once, and its gradient likewise.
+        # One product for all three reads the map once, and its gradient likewise. What is added to
+        # all queries, their bias or a norm's, is the same for all places that are looked at.
         kernel = jax.lax.optimization_barrier(jnp.concatenate([query, key, value], axis=-1))
         if self.norm == "batch":
             apart = get_norm("batch", apart=True, **layer)(name="norm_in")
@@ -178,22 +179,17 @@ class SpatialAttention(nn.Module):
             offset = jnp.zeros(kernel.shape[1])
             x = get_norm(self.norm, **layer)(name="norm_in")(x)
         projected = x.reshape(x.shape[0], -1, width) @ kernel.astype(self.dtype)
-
-        # What is added to all queries is the same for all places that are looked at: the softmax
-        # takes it away. What is added to all values goes through the weighted mean as it is, and a
-        # batch norm in training takes it away. Neither has a gradient, but in bfloat16 digits are
-        # lost where it is left out.
-        query_offset, key_offset, value_offset = jnp.split(offset, [inner, 2 * inner])
-        constant = value_bias @ out + out_bias
-        if self.norm == "batch":
-            if train:
-                value_offset, constant = jax.lax.stop_gradient((value_offset, constant))
-            parts = jax.lax.stop_gradient(query_offset), jnp.zeros(inner), value_offset
-            projected += jnp.concatenate(parts).astype(self.dtype)[None, None]
+        _, key_offset, constant = jnp.split(offset, [inner, 2 * inner])
         options = {"heads": self.heads, "scaled": self.scaled, "by_kernels": train}
         h = attend_projected(projected, key_bias + key_offset, **options)
         if self.heads > 1:
-            h = h @ out.astype(self.dtype)
+            h, constant = h @ out.astype(self.dtype), constant @ out
+
+        # What is added to all values goes through the weighted mean as it is, and a batch norm in
+        # training takes it away again.
+        constant += value_bias @ out + out_bias
+        if self.norm == "batch" and train:
+            constant = jax.lax.stop_gradient(constant)
         h = (h + constant[None, None]).astype(self.dtype)
         return get_norm(self.norm, **layer)(name="norm_out")(h.reshape(x.shape))
 
