@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax import folding, kernels
+from ldm_jax import folding, kernels, normed
 from ldm_jax.attention import attend
 from ldm_jax.blocks import sinusoidal_embedding, upsample
 from ldm_jax.folding import Affine, FoldedUNet, FoldedUnit
@@ -164,9 +164,7 @@ def _conv(x: Float[Array, "b h w c"], conv: Affine) -> Float[Array, "b h w d"]:
             preferred_element_type=jnp.float32,
         ).sum(0)
     else:
-        y = jax.lax.conv_general_dilated(
-            x, conv.kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        y = normed.conv(x, conv.kernel)
     return y.reshape(b, height, width, -1).astype(jnp.float32) + conv.bias[None]
 
 

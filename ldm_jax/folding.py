@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ldm_jax import kernels
+from ldm_jax.normed import spread_places
 from ldm_jax.norms import EPSILON
 
 _exactly = partial(jnp.matmul, precision="highest")
@@ -148,9 +149,7 @@ def _fold_unit(params: Any, stats: Any, size: int) -> tuple[FoldedUnit, Any]:
     # Zeros around the normalised map are not zeros around the map: what the shift adds differs at
     # the edges, where fewer of the kernel's nine places count, and is a map itself.
     places = jnp.einsum("c,ijcd->ijd", shift, conv_0["kernel"], precision="highest")
-    line = jnp.arange(size)[:, None] + jnp.arange(3)[None, :] - 1
-    counts = ((line >= 0) & (line < size)).astype(jnp.float32)
-    bias = jnp.einsum("hi,wj,ijd->hwd", counts, counts, places, precision="highest")
+    bias = spread_places(places, size, size)
     folded_0 = Affine(
         (conv_0["kernel"] * factor[None, None, :, None],), bias + conv_0["bias"][None, None]
     )
