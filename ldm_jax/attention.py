@@ -71,7 +71,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def attend_projected(
     projected: Float[Array, "b n _"],
-    key_bias: Float[Array, " i"],
+    bias: Float[Array, " 2*i"],
     *,
     heads: int = 1,
     scaled: bool = False,
@@ -81,47 +81,49 @@ def attend_projected(
 
     Args:
         projected: queries (i channels), keys (i) and values (c) side by side.
-        key_bias: is added to the keys; float32.
+        bias: is added to queries and keys; float32. The queries' changes no result, since all
+            places that are looked at have it. Gradients are rounded, and lose digits without it.
         heads, scaled: as in `attend`.
         by_kernels: False leaves it to XLA, which alone splits arrays over devices by itself.
     """
-    inner = len(key_bias)
+    inner = len(bias) // 2
     if by_kernels and heads == 1 and attention_kernels.can_run(projected, inner):
-        return _attend_by_kernels(projected, key_bias, math.sqrt(inner) if scaled else 1.0)
-    return _attend_by_xla(projected, key_bias, heads=heads, scaled=scaled)
+        return _attend_by_kernels(projected, bias, math.sqrt(inner) if scaled else 1.0)
+    return _attend_by_xla(projected, bias, heads=heads, scaled=scaled)
 
 
-def _attend_by_xla(projected, key_bias, **options):
-    inner = len(key_bias)
-    queries, keys, values = jnp.split(projected, [inner, 2 * inner], axis=-1)
-    return attend(queries, add_bias(keys, key_bias), values, **options)
+def _attend_by_xla(projected, bias, **options):
+    both, values = jnp.split(projected, [len(bias)], axis=-1)
+    queries, keys = jnp.split(add_bias(both, bias), 2, axis=-1)
+    return attend(queries, keys, values, **options)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend_by_kernels(projected, key_bias, divisor) -> Array:
+def _attend_by_kernels(projected, bias, divisor) -> Array:
     """By kernels where the program is compiled for an NVIDIA GPU."""
-    return _attend_by_kernels_forward(projected, key_bias, divisor)[0]
+    return _attend_by_kernels_forward(projected, bias, divisor)[0]
 
 
-def _attend_by_kernels_forward(projected, key_bias, divisor) -> tuple[Array, tuple]:
-    def by_xla(projected, key_bias):
-        y = _attend_by_xla(projected, key_bias, scaled=divisor != 1.0)
+def _attend_by_kernels_forward(projected, bias, divisor) -> tuple[Array, tuple]:
+    def by_xla(projected, bias):
+        y = _attend_by_xla(projected, bias, scaled=divisor != 1.0)
         return y, jnp.zeros_like(projected, jnp.float32)[..., 0].reshape(-1)
 
-    by_kernels = partial(attention_kernels.attend, divisor=divisor)
-    y, log_sums = jax.lax.platform_dependent(projected, key_bias, cuda=by_kernels, default=by_xla)
-    return y, (projected, key_bias, y, log_sums)
+    def by_kernels(projected, bias):
+        return attention_kernels.attend(projected, jnp.split(bias, 2)[1], divisor)
+
+    y, log_sums = jax.lax.platform_dependent(projected, bias, cuda=by_kernels, default=by_xla)
+    return y, (projected, bias, y, log_sums)
 
 
 def _attend_by_kernels_backward(divisor, saved, dy):
-    def by_kernels(projected, key_bias, y, log_sums, dy):
-        gradient = attention_kernels.get_gradient(projected, key_bias, y, log_sums, dy, divisor)
-        d_keys = gradient[..., len(key_bias) : 2 * len(key_bias)]
-        return gradient, column_sums(d_keys.astype(jnp.float32))[0]
+    def by_kernels(projected, bias, y, log_sums, dy):
+        gradient = attention_kernels.get_gradient(projected, bias, y, log_sums, dy, divisor)
+        return gradient, column_sums(gradient[..., : len(bias)].astype(jnp.float32))[0]
 
-    def by_xla(projected, key_bias, y, log_sums, dy):
+    def by_xla(projected, bias, y, log_sums, dy):
         attend = partial(_attend_by_xla, scaled=divisor != 1.0)
-        return jax.vjp(attend, projected, key_bias)[1](dy)
+        return jax.vjp(attend, projected, bias)[1](dy)
 
     return jax.lax.platform_dependent(*saved, dy, cuda=by_kernels, default=by_xla)
 

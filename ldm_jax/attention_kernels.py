@@ -57,15 +57,20 @@ def attend(
 
 def get_gradient(
     projected: Float[Array, "b n _"],
-    key_bias: Float[Array, " i"],
+    bias: Float[Array, " 2*i"],
     y: Float[Array, "b n c"],
     log_sums: Float[Array, " b*n"],
     dy: Float[Array, "b n c"],
     divisor: float,
 ) -> Float[Array, "b n _"]:
-    """The gradient of `projected`, from what `attend` got and returned, and the gradient of y."""
+    """The gradient of `projected`, from what `attend` got and returned, and the gradient of y.
+
+    Args:
+        bias: of queries and keys. The queries' was none of `attend`'s, which it would not change.
+    """
     (b, n, width), channels = projected.shape, y.shape[-1]
-    arguments = [dy.reshape(-1, channels)]
+    query_bias, key_bias = jnp.split(bias, 2)
+    arguments = [query_bias, dy.reshape(-1, channels)]
     arguments += [] if n <= ROWS else [y.reshape(-1, channels), log_sums]
     kernel = _backward if n <= ROWS else _backward_by_windows
     shapes = [((b * n, width), projected.dtype)]
@@ -120,7 +125,7 @@ def _forward_by_windows(projected, key_bias, out, log_sums, *, n, scale):
     tiles.store(log_sums.at[rows], highest / LOG2_E + jnp.log(total), rows, out.shape[0])
 
 
-def _backward(projected, key_bias, dy, out, *, n, scale):
+def _backward(projected, key_bias, query_bias, dy, out, *, n, scale):
     inner, dtype, rows = key_bias.shape[0], dy.dtype, _get_rows()
     keys, queries = _load_keys(projected, rows, key_bias), _load(projected, rows, 0, inner)
     weights, _ = _get_weights(keys, queries, rows, n, scale)
@@ -132,11 +137,12 @@ def _backward(projected, key_bias, dy, out, *, n, scale):
         _put(out, rows, 2 * inner + first, tiles.dot(rounded, part))
     through_sum = jnp.sum(weights * d_weights, axis=1)
     d_logits = (weights * (d_weights - through_sum[:, None]) * scale).astype(dtype)
-    _put(out, rows, inner, tiles.dot(d_logits, queries))
+    d_keys = tiles.dot(d_logits, queries) + _spread(_sum(d_logits), query_bias)
+    _put(out, rows, inner, d_keys)
     _put(out, rows, 0, tiles.dot(d_logits.T, keys))
 
 
-def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale):
+def _backward_by_windows(projected, key_bias, query_bias, dy, y, log_sums, out, *, n, scale):
     """The gradients of a block's keys, then those of its queries and values."""
     inner, rows, chunks = key_bias.shape[0], _get_rows(), range(0, dy.shape[1], CHUNK)
     start = _get_start(n)
@@ -166,10 +172,11 @@ def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale)
 
     mine = load(rows)
 
-    def look(step, d_keys):
+    def look(step, carry):
+        d_keys, sums = carry
         seen = load(start + step * ROWS + jnp.arange(ROWS))
         _, d_logits = differentiate(mine, seen)
-        return d_keys + tiles.dot(d_logits, seen[1])
+        return d_keys + tiles.dot(d_logits, seen[1]), sums + _sum(d_logits)
 
     def be_seen(step, carry):
         d_queries, d_values = carry
@@ -179,13 +186,23 @@ def _backward_by_windows(projected, key_bias, dy, y, log_sums, out, *, n, scale)
         return d_queries + tiles.dot(d_logits.T, receiving[0]), d_values
 
     zeros = partial(jnp.zeros, dtype=jnp.float32)
-    d_keys = jax.lax.fori_loop(0, jnp.int32(n // ROWS), look, zeros((ROWS, inner)))
-    _put(out, rows, inner, d_keys)
+    carry = zeros((ROWS, inner)), zeros(ROWS)
+    d_keys, sums = jax.lax.fori_loop(0, jnp.int32(n // ROWS), look, carry)
+    _put(out, rows, inner, d_keys + _spread(sums, query_bias))
     carry = zeros((ROWS, inner)), tuple(zeros((ROWS, CHUNK)) for _ in chunks)
     d_queries, d_values = jax.lax.fori_loop(0, jnp.int32(n // ROWS), be_seen, carry)
     _put(out, rows, 0, d_queries)
     for first, d in zip(chunks, d_values):
         _put(out, rows, 2 * inner + first, d)
+
+
+def _sum(x):
+    return jnp.sum(x.astype(jnp.float32), 1)
+
+
+def _spread(sums, bias):
+    """What a bias of all rows adds to a product, of the sums of the other factor."""
+    return sums[:, None] * bias[...][None]
 
 
 def _get_rows():

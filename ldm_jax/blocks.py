@@ -168,8 +168,8 @@ class SpatialAttention(nn.Module):
         if self.heads == 1:  # Nothing but a weighted mean lies between the two.
             value = round_to(value, self.dtype) @ out
 
-        # One product for all three reads the map once, and its gradient likewise. What is added to
-        # all queries, their bias or a norm's, is the same for all places that are looked at.
+        # One product for all three reads the map once, and its gradient likewise. The queries' own
+        # bias is the same for all places that are looked at, and is left out.
         kernel = jax.lax.optimization_barrier(jnp.concatenate([query, key, value], axis=-1))
         if self.norm == "batch":
             apart = get_norm("batch", apart=True, **layer)(name="norm_in")
@@ -179,9 +179,9 @@ class SpatialAttention(nn.Module):
             offset = jnp.zeros(kernel.shape[1])
             x = get_norm(self.norm, **layer)(name="norm_in")(x)
         projected = x.reshape(x.shape[0], -1, width) @ kernel.astype(self.dtype)
-        _, key_offset, constant = jnp.split(offset, [inner, 2 * inner])
+        offset, constant = jnp.split(offset, [2 * inner])
         options = {"heads": self.heads, "scaled": self.scaled, "by_kernels": train}
-        h = attend_projected(projected, key_bias + key_offset, **options)
+        h = attend_projected(projected, offset + jnp.pad(key_bias, (inner, 0)), **options)
         if self.heads > 1:
             h, constant = h @ out.astype(self.dtype), constant @ out
 

@@ -6,7 +6,7 @@ norm's gradient needs: here they come with the gradient of W', which is smaller 
 what the network puts out and its gradients are those of norm and layer one after the other. In
 bfloat16 the mean's part of a result and of a kernel's gradient is rounded with the rest: where x
 has a mean of three deviations, these are twice as far from float32 as by norm and layer, of ten,
-six times; the gradients of attention's queries and keys four and forty times.
+six times.
 """
 
 import math

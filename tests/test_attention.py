@@ -104,13 +104,13 @@ def test_masked_positions_get_no_gradient_and_no_nan():
 
 @pytest.mark.parametrize("heads, scaled", [(1, False), (1, True), (4, True)])
 def test_what_is_projected_at_once_is_attended_to_as_its_parts_are(heads, scaled):
-    projected, key_bias = draw(2, 6, 2 * 8 + 12), draw(8, seed=1)
+    projected, bias = draw(2, 6, 2 * 8 + 12), draw(16, seed=1)
     q, k, v = np.split(projected, [8, 16], axis=-1)
-    expected = softmax_attention(q, k + key_bias, v, heads, scaled)
+    expected = softmax_attention(q + bias[:8], k + bias[8:], v, heads, scaled)
     run = jax.jit(attend_projected, static_argnames=["heads", "scaled"])
-    found = run(projected, key_bias, heads=heads, scaled=scaled)
+    found = run(projected, bias, heads=heads, scaled=scaled)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    found = attend_projected(projected, key_bias, heads=heads, scaled=scaled)
+    found = attend_projected(projected, bias, heads=heads, scaled=scaled)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -124,18 +124,19 @@ def by_kernels(monkeypatch):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
 
 
-def derive(attend, projected, key_bias, dy, scaled):
+def derive(attend, projected, bias, dy, scaled):
     """The result of `attend_projected` or its like, and both gradients."""
     run = partial(attend, scaled=scaled)
-    y, pullback = jax.vjp(jax.jit(run), projected, key_bias)
+    y, pullback = jax.vjp(jax.jit(run), projected, bias)
     return y, *pullback(dy.astype(y.dtype))
 
 
-def attend_literally(projected, key_bias, scaled):
+def attend_literally(projected, bias, scaled):
     """As XLA does by default, in float32, and derived by JAX."""
-    inner = len(key_bias)
+    inner = len(bias) // 2
     q, k, v = jnp.split(jnp.float32(projected), [inner, 2 * inner], axis=-1)
-    k = (k + key_bias[None, None]).astype(projected.dtype).astype(jnp.float32)
+    q = q + bias[None, None, :inner]
+    k = (k + bias[None, None, inner:]).astype(projected.dtype).astype(jnp.float32)
     logits = k @ q.swapaxes(1, 2) / (math.sqrt(inner) if scaled else 1)
     return jax.nn.softmax(logits) @ v
 
@@ -161,19 +162,20 @@ def test_kernels_attend_as_xla_does_and_so_do_their_gradients(
 ):
     assert attention_kernels.fits(positions, inner, channels)
     projected = jnp.asarray(0.5 * draw(samples, positions, 2 * inner + channels), dtype)
-    key_bias, dy = 0.5 * draw(inner, seed=1), draw(samples, positions, channels, seed=2)
+    bias, dy = 0.5 * draw(2 * inner, seed=1), draw(samples, positions, channels, seed=2)
     dy = jnp.asarray(dy, dtype)
-    found = derive(attend_projected, projected, key_bias, dy, scaled)
-    expected = derive(attend_literally, projected, key_bias, dy, scaled)
+    found = derive(attend_projected, projected, bias, dy, scaled)
+    expected = derive(attend_literally, projected, bias, dy, scaled)
     assert [x.dtype for x in found] == [dtype, dtype, np.float32]
     for mine, exact in zip(found, expected, strict=True):
         exact = np.float32(exact)
         np.testing.assert_allclose(np.float32(mine), exact, atol=tolerance * np.abs(exact).max())
     if dtype == "bfloat16":  # And they round no more than XLA's do.
-        xla = derive(attention._attend_by_xla, projected, key_bias, dy, scaled)
-        for mine, others, exact in zip(found, xla, expected, strict=True):
+        xla = derive(attention._attend_by_xla, projected, bias, dy, scaled)
+        # The bias' gradient is nearly all rounding: it is zero for queries.
+        for mine, others, exact, most in zip(found, xla, expected, (1.2, 1.2, 1.6), strict=True):
             mine, others = (np.linalg.norm(np.float32(x - exact)) for x in (mine, others))
-            assert mine < 1.2 * others
+            assert mine < most * others
 
 
 @needs_triton
@@ -188,10 +190,10 @@ def test_kernels_return_the_logarithms_of_the_softmaxes_sums(samples, positions)
 
 @needs_triton
 def test_kernels_take_large_logits(by_kernels):
-    projected, key_bias = 8 * draw(2, 64, 2 * 16 + 128), draw(16, seed=1)
+    projected, bias = 8 * draw(2, 64, 2 * 16 + 128), draw(32, seed=1)
     dy = draw(2, 64, 128, seed=2)
-    found = derive(attend_projected, projected, key_bias, dy, False)
-    expected = derive(attend_literally, projected, key_bias, dy, False)
+    found = derive(attend_projected, projected, bias, dy, False)
+    expected = derive(attend_literally, projected, bias, dy, False)
     for mine, exact in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, exact, atol=1e-3 * np.abs(exact).max())
 
@@ -199,11 +201,11 @@ def test_kernels_take_large_logits(by_kernels):
 @needs_triton
 @pytest.mark.parametrize("positions", [16, 128])
 def test_kernels_map_over_batches(by_kernels, positions):
-    projected, key_bias = draw(3, 2, positions, 2 * 16 + 128), draw(3, 16, seed=1)
+    projected, bias = draw(3, 2, positions, 2 * 16 + 128), draw(3, 32, seed=1)
     dy = draw(3, 2, positions, 128, seed=2)
     run = partial(derive, attend_projected, scaled=True)
-    found = jax.vmap(run)(projected, key_bias, dy)
-    expected = [run(*arguments) for arguments in zip(projected, key_bias, dy)]
+    found = jax.vmap(run)(projected, bias, dy)
+    expected = [run(*arguments) for arguments in zip(projected, bias, dy)]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *expected)
     chex.assert_trees_all_close(found, expected, atol=1e-5)
 
@@ -241,10 +243,10 @@ def test_kernels_run_in_bfloat16_where_the_gpus_can(monkeypatch):
 def spread_over_devices(run):
     """`run`, of a projection in parts and a bias on all of eight devices, with its gradients."""
 
-    def on_a_device(projected, key_bias, dy):
-        y, pullback = jax.vjp(run, projected, jax.lax.pcast(key_bias, AXES, to="varying"))
-        d_projected, d_key_bias = pullback(dy)
-        return y, d_projected, jax.lax.psum(d_key_bias, AXES)
+    def on_a_device(projected, bias, dy):
+        y, pullback = jax.vjp(run, projected, jax.lax.pcast(bias, AXES, to="varying"))
+        d_projected, d_bias = pullback(dy)
+        return y, d_projected, jax.lax.psum(d_bias, AXES)
 
     part, whole = PartitionSpec(AXES), PartitionSpec()
     return jax.shard_map(
@@ -258,10 +260,10 @@ def spread_over_devices(run):
 
 def test_spread_by_hand_they_are_those_of_one_device(monkeypatch):
     monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner: True)
-    projected, key_bias = draw(16, 16, 2 * 16 + 128), draw(16, seed=1)
+    projected, bias = draw(16, 16, 2 * 16 + 128), draw(32, seed=1)
     dy = draw(16, 16, 128, seed=2)
-    found = jax.jit(spread_over_devices(attend_projected))(projected, key_bias, dy)
-    expected = derive(attend_literally, projected, key_bias, dy, False)
+    found = jax.jit(spread_over_devices(attend_projected))(projected, bias, dy)
+    expected = derive(attend_literally, projected, bias, dy, False)
     for mine, exact in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, exact, atol=1e-5 * np.abs(exact).max())
 
@@ -282,7 +284,7 @@ def lower(run, arguments, platform):
 @needs_triton
 def test_spread_by_hand_they_lower_to_kernels_on_a_gpu(monkeypatch):
     as_on_a_gpu(monkeypatch)
-    shapes = [((16, 64, 160), "bfloat16"), ((16,), "float32"), ((16, 64, 128), "bfloat16")]
+    shapes = [((16, 64, 160), "bfloat16"), ((32,), "float32"), ((16, 64, 128), "bfloat16")]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     assert lower(spread_over_devices(attend_projected), arguments, "cuda") == 2
 
