@@ -135,10 +135,11 @@ class LinearParams(nn.Module):
     """Kernel (..., in, out) and bias (out,) as nn.Dense or nn.Conv name and begin them."""
 
     shape: tuple[int, ...]
+    kernel_init: Any = lecun_normal
 
     @nn.compact
     def __call__(self) -> tuple[Float[Array, "*n c d"], Float[Array, " d"]]:
-        kernel = self.param("kernel", lecun_normal, self.shape)
+        kernel = self.param("kernel", self.kernel_init, self.shape)
         return kernel, self.param("bias", nn.initializers.zeros, self.shape[-1:])
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from ldm_jax.blocks import (
     CrossAttention,
     DownBlock,
+    LinearParams,
     Unit,
     UpBlock,
     sinusoidal_embedding,
@@ -17,6 +18,7 @@ from ldm_jax.blocks import (
 from ldm_jax.conditioning import Condition, attend_to_token
 from ldm_jax.initial import Conv, Dense
 from ldm_jax.norms import GROUP_SIZE, NORMS
+from ldm_jax.parts import matmul
 
 CONDITIONINGS = ("token", "adaptive")
 
@@ -112,10 +114,10 @@ class UNet(nn.Module):
             up = UpBlock(width, unit=unit, name=f"up_{i}")
             x = up(x, skips.pop(), cond.of(f"up_{i}"), train=train)
 
-        conv_out = Conv(
-            self.latent_channels, (1, 1), kernel_init=nn.initializers.zeros, name="conv_out"
-        )
-        return conv_out(x.astype(jnp.float32))
+        # In float32, and zero at first.
+        shape, zeros = (1, 1, widths[0], self.latent_channels), nn.initializers.zeros
+        kernel, bias = LinearParams(shape, zeros, name="conv_out")()
+        return matmul(x, kernel[0, 0]) + bias[None, None, None]
 
     def _condition(self, noise_levels, text_embeddings) -> Condition:
         if text_embeddings.ndim == 2:
