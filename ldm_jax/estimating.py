@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax import folding, kernels, normed, parts
+from ldm_jax import folding, kernels, normed
 from ldm_jax.attention import attend
 from ldm_jax.blocks import sinusoidal_embedding, upsample
 from ldm_jax.folding import Affine, FoldedUNet, FoldedUnit
@@ -87,8 +87,7 @@ def _run(
         x = operations.upsample(x)
         for unit in block:
             x = run_unit(unit, x, skips.pop())
-    multiply = parts.matmul_parts if x.dtype == jnp.bfloat16 else jnp.matmul
-    return multiply(x, folded.conv_out.kernel) + folded.conv_out.bias[None, None, None]
+    return _multiply(x.astype(jnp.float32), folded.conv_out)
 
 
 @jax.custom_vjp

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 from ldm_jax import kernels
 from ldm_jax.normed import spread_places
 from ldm_jax.norms import EPSILON
-from ldm_jax.parts import split
 
 _exactly = partial(jnp.matmul, precision="highest")
 
@@ -54,7 +53,7 @@ class FoldedUNet(NamedTuple):
     """
 
     conv_in: Affine
-    conv_out: Affine  # Its kernel in parts where the network is in bfloat16.
+    conv_out: Affine
     down: list[list[FoldedUnit]]
     bottleneck: list[FoldedUnit]
     up: list[list[FoldedUnit]]
@@ -113,11 +112,11 @@ def fold(network: Any, variables: Any) -> FoldedUNet:
     bias = jnp.concatenate([unit.bias for unit in cross])
     noise, text = jnp.split(kernel, [network.noise_emb_dim])
     bias = _exactly(params["text"]["bias"], text) + bias
-    dtype, last = network.dtype, params["conv_out"]["kernel"][0, 0]
+    dtype = network.dtype
     conv_in = Affine(*(params["conv_in"][name].astype(dtype) for name in Affine._fields))
     return FoldedUNet(
         conv_in=conv_in._replace(kernel=conv_in.kernel[0, 0]),
-        conv_out=Affine(last if dtype == jnp.float32 else split(last), params["conv_out"]["bias"]),
+        conv_out=Affine(params["conv_out"]["kernel"][0, 0], params["conv_out"]["bias"]),
         down=down,
         bottleneck=bottleneck,
         up=up,

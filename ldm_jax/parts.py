@@ -2,7 +2,8 @@
 
 What multiplies matrices cuts float32 numbers down to 11 bits (TF32) or 8 (a TPU's single pass), and
 wants both factors in float32 to begin with: a copy of the map. A sum of two bfloat16 numbers has 16
-bits, and is multiplied as both side by side, at the map's own width.
+bits, and is multiplied as both side by side, at the map's own width. (In sampling it gains nothing:
+there the copy is small.)
 """
 
 from typing import Any
@@ -21,7 +22,8 @@ def matmul(x: Float[Array, "*n c"], kernel: Float[Array, "c d"]) -> Float[Array,
     """
     if x.dtype != jnp.bfloat16:
         return x @ kernel
-    return matmul_parts(x, split(kernel))
+    products = jnp.matmul(x, split(kernel), preferred_element_type=jnp.float32)
+    return sum(jnp.split(products, 2, axis=-1))
 
 
 def _forward(x, kernel) -> tuple[Array, Any]:
@@ -48,11 +50,3 @@ def split(x: Float[Array, "*n d"]) -> BFloat16[Array, "*n 2*d"]:
     """x as a sum of two, side by side: x rounded, and what that leaves, rounded."""
     high = round_to(x, jnp.bfloat16)
     return jnp.concatenate([high, x - high], axis=-1).astype(jnp.bfloat16)
-
-
-def matmul_parts(
-    x: BFloat16[Array, "*n c"], parts: BFloat16[Array, "c 2*d"]
-) -> Float[Array, "*n d"]:
-    """x kernel in float32, of a kernel that `split` gave."""
-    high, low = jnp.split(jnp.matmul(x, parts, preferred_element_type=jnp.float32), 2, axis=-1)
-    return high + low
