@@ -22,8 +22,7 @@ def matmul(x: Float[Array, "*n c"], kernel: Float[Array, "c d"]) -> Float[Array,
     """
     if x.dtype != jnp.bfloat16:
         return x @ kernel
-    products = jnp.matmul(x, split(kernel), preferred_element_type=jnp.float32)
-    return sum(jnp.split(products, 2, axis=-1))
+    return _add(jnp.matmul(x, split(kernel), preferred_element_type=jnp.float32))
 
 
 def _forward(x, kernel) -> tuple[Array, Any]:
@@ -40,7 +39,7 @@ def _backward(saved, dy):
     d_x = jnp.concatenate([both, both], -1) @ jnp.concatenate([high, high, low, low], -1).T
     rows, columns = x.reshape(-1, x.shape[-1]), both.reshape(-1, both.shape[-1])
     d_kernel = jnp.matmul(rows.T, columns, preferred_element_type=jnp.float32)
-    return d_x, sum(jnp.split(d_kernel, 2, axis=-1))
+    return d_x, _add(d_kernel)
 
 
 matmul.defvjp(_forward, _backward)
@@ -50,3 +49,9 @@ def split(x: Float[Array, "*n d"]) -> BFloat16[Array, "*n 2*d"]:
     """x as a sum of two, side by side: x rounded, and what that leaves, rounded."""
     high = round_to(x, jnp.bfloat16)
     return jnp.concatenate([high, x - high], axis=-1).astype(jnp.bfloat16)
+
+
+def _add(products):
+    """Those of both parts, side by side, added up."""
+    high, low = jnp.split(products, 2, axis=-1)
+    return high + low
