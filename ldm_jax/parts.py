@@ -15,24 +15,24 @@ from jaxtyping import Array, BFloat16, Float
 from ldm_jax.normed import round_to
 
 
-@jax.custom_vjp
 def matmul(x: Float[Array, "*n c"], kernel: Float[Array, "c d"]) -> Float[Array, "*n d"]:
     """x kernel in float32. A bfloat16 x meets both parts of the kernel, its gradient both parts of
     that of the product; a float32 x is multiplied as JAX does.
     """
-    if x.dtype != jnp.bfloat16:
-        return x @ kernel
+    return _by_parts(x, kernel) if x.dtype == jnp.bfloat16 else x @ kernel
+
+
+@jax.custom_vjp
+def _by_parts(x, kernel):
     return _add(jnp.matmul(x, split(kernel), preferred_element_type=jnp.float32))
 
 
 def _forward(x, kernel) -> tuple[Array, Any]:
-    return matmul(x, kernel), (x, kernel)
+    return _by_parts(x, kernel), (x, kernel)
 
 
 def _backward(saved, dy):
     x, kernel = saved
-    if x.dtype != jnp.bfloat16:
-        return jax.vjp(jnp.matmul, x, kernel)[1](dy)
     high, low = jnp.split(split(kernel), 2, axis=-1)
     both = split(dy)
     # All four products of a part and a part at once.
@@ -42,7 +42,7 @@ def _backward(saved, dy):
     return d_x, _add(d_kernel)
 
 
-matmul.defvjp(_forward, _backward)
+_by_parts.defvjp(_forward, _backward)
 
 
 def split(x: Float[Array, "*n d"]) -> BFloat16[Array, "*n 2*d"]:
