@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldm_jax import records, snapshots
+from ldm_jax import records, rounding, snapshots
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_version
 from ldm_jax.noising import get_process
@@ -111,9 +111,14 @@ def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
 
 
 def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16") -> Path:
-    """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded to `dtype`.
+    """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded as `rounding.pack` does.
 
     Running statistics stay float32, since their range is not bounded.
+
+    Args:
+        model: what is written.
+        folder: made if need be.
+        dtype: "float16", another floating dtype, or "int8": half the bytes of float16.
 
     Raises:
         ValueError: if a weight is beyond the range of `dtype`.
@@ -126,14 +131,9 @@ def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16"
         raise FileExistsError(f"{folder} already holds a model")
     tensors = {}
     for name, value in flatten_dict(model.denoiser.variables, sep="/").items():
-        value = np.asarray(value)
-        with np.errstate(over="ignore"):  # Looked for below, with a better message.
-            rounded = value.astype(dtype) if name.startswith("params/") else value
-        if not np.isfinite(rounded).all():
-            raise ValueError(
-                f"{name} has values beyond the range of {dtype}: {np.abs(value).max()}"
-            )
-        tensors[name] = np.ascontiguousarray(rounded)
+        tensors |= rounding.pack(
+            name, np.asarray(value), dtype if name.startswith("params/") else "float32"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / (WEIGHTS_FILE + ".partial")
     save_file(tensors, partial)
@@ -154,9 +154,9 @@ def _read_weights(path: Path, sha256: str | None) -> dict:
     except Exception as error:
         error.add_note(f"while reading {path}")
         raise
-    variables = unflatten_dict(tensors, sep="/")
+    variables = unflatten_dict(rounding.unpack(tensors), sep="/")
     variables.setdefault("batch_stats", {})
-    return jax.tree.map(lambda x: jax.numpy.asarray(x, "float32"), variables)
+    return jax.tree.map(jax.numpy.asarray, variables)
 
 
 def _choose_step(folder: Path, step: str | int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldm_jax import power_ema, records
+from ldm_jax import power_ema, records, rounding
 from ldm_jax.power_ema import ProfiledState
 
 FOLDER = "snapshots"
@@ -43,14 +43,9 @@ def save_snapshot(
 
     tensors = {}
     for name, value in flatten_dict(power_emas, sep="/").items():
-        value = np.asarray(value)
-        with np.errstate(over="ignore"):  # Looked for below, with a better message.
-            rounded = value.astype(np.float16) if "/params/" in name else value
-        if not np.isfinite(rounded).all():
-            raise ValueError(
-                f"{name} has values beyond the range of float16: {np.abs(value).max()}"
-            )
-        tensors[name] = np.ascontiguousarray(rounded)
+        tensors |= rounding.pack(
+            name, np.asarray(value), "float16" if "/params/" in name else "float32"
+        )
     about = {"step": step, "sigma_rels": sorted(map(float, power_emas)), "model": meta}
     about["sha256"] = _get_digest(about, tensors)
     path = Path(workdir) / FOLDER / f"{step:08d}.safetensors"

@@ -13,7 +13,7 @@ from ldm_jax.models import WEIGHTS_FILE, export_model, load_model
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", help="a workdir of train.py")
 parser.add_argument("out", help="folder to write")
-parser.add_argument("--dtype", default="float16")
+parser.add_argument("--dtype", default="float16", help="or int8, half the bytes")
 parser.add_argument("--step", default="last", help="last, best (held-out loss), a number")
 parser.add_argument("--ema", type=float, help="sigma_rel of the average; default: the run's own")
 arguments = parser.parse_args()

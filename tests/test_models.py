@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, save_run
 
 from configs import emoji
-from ldm_jax import checkpoint, models
+from ldm_jax import checkpoint, models, quality
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_meta
 from ldm_jax.noising import get_process
@@ -107,6 +107,24 @@ def test_an_exported_model_is_the_weights_rounded_to_float16(tmp_path, run_folde
     assert model.meta == create_meta()
     stored = load_file(folder / models.WEIGHTS_FILE)
     assert {v.dtype for k, v in stored.items() if k.startswith("params/")} == {np.dtype("float16")}
+
+
+def test_a_model_in_eight_bits_draws_nearly_as_before(tmp_path):
+    model = models.load_model()
+    halves, bytes_ = (
+        models.export_model(model, tmp_path / dtype, dtype) for dtype in ("float16", "int8")
+    )
+    sizes = [(f / models.WEIGHTS_FILE).stat().st_size for f in (halves, bytes_)]
+    assert sizes[1] < 0.52 * sizes[0]
+    denoisers = [models.load_model(folder).denoiser for folder in (halves, bytes_)]
+    rng = np.random.default_rng(0)
+    x_t, text = rng.normal(size=(4, 16, 16, 4)), rng.normal(size=(4, 1024)) / 32
+    levels = np.array([0.1, 0.3, 0.6, 0.9])
+    found, expected = (
+        np.asarray(jax.jit(lambda d: d(x_t, levels, text))(quality.in_float32_on_cpu(denoiser)))
+        for denoiser in denoisers
+    )
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def test_weights_beyond_float16_are_not_exported(tmp_path, run_folder):
