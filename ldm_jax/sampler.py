@@ -1,7 +1,6 @@
 """Reverse diffusion: noise to start from, text embeddings => clean latents, in one `lax.scan`."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ldm_jax import estimating, folding, graphs, solvers
+from ldm_jax import estimating, folding, graphs, ranks, solvers
 from ldm_jax.guidance import drop_style, guide, guide_apart
 from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.schedules import get_noise_levels
@@ -29,18 +28,9 @@ def dynamic_thresholding(
         img: estimates of clean latents, any number of axes after the first.
         perc: in [0, 100].
     """
-    s = jnp.maximum(_percentile(jnp.abs(img).reshape(len(img), -1), perc), 1.0)
+    s = jnp.maximum(ranks.percentile(jnp.abs(img).reshape(len(img), -1), perc), 1.0)
     s = s.reshape((-1,) + (1,) * (img.ndim - 1))
     return jnp.clip(img, -s, s) / s
-
-
-def _percentile(x: Float[Array, "b n"], perc: float) -> Float[Array, " b"]:
-    """jnp.percentile of each row, from its few largest numbers alone: no row is sorted."""
-    place = perc / 100 * (x.shape[1] - 1)
-    below = math.floor(place)
-    largest, _ = jax.lax.top_k(x, x.shape[1] - below)
-    low, high = largest[:, -1], largest[:, max(largest.shape[1] - 2, 0)]
-    return low + (place - below) * (high - low)
 
 
 def sample_seeds(
