@@ -67,6 +67,7 @@ def get_config():
     config.optimizer.clip_norm = 0.0  # 0: no clipping
     config.training = ConfigDict()
     config.training.label_dropout = 0.15
+    config.training.translation = 0.0  # probability of moving a picture by up to two cells
     config.training.ema_decay = 0.999
     config.training.accumulate = 1  # parts of a device's batch, one after the other
     config.training.loss = "mae"  # mse or huber

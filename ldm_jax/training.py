@@ -129,6 +129,7 @@ def get_loss(
     objective: Objective | None = None,
     train: bool = False,
     axis_name: Any = None,
+    translation: float = 0.0,
 ) -> Callable:
     """The loss of what the network puts out by an objective.
 
@@ -143,7 +144,7 @@ def get_loss(
 
     def loss_fn(params, batch_stats, rng, batch):
         sample_key, dropout_key = jax.random.split(rng)
-        drawn = corrupt(sample_key, batch, scale, process, label_dropout, axis_name)
+        drawn = corrupt(sample_key, batch, scale, process, label_dropout, axis_name, translation)
         variables = unpack({"params": params, "batch_stats": batch_stats})
         output, updates = network.apply(
             variables,
@@ -173,6 +174,7 @@ def get_train_step(
     process: ForwardProcess = ForwardProcess(),
     *,
     label_dropout: float = 0.15,
+    translation: float = 0.0,
     ema_decay: float = 0.999,
     accumulate: int = 1,
     loss: str = "mae",
@@ -197,6 +199,7 @@ def get_train_step(
         scale: of the latents.
         process: forward process.
         label_dropout: probability of a text being replaced by zeros, "no text".
+        translation: probability of a picture being moved and told so, see augmentation.py.
         ema_decay: of the averaged weights.
         accumulate: parts that a device's batch is worked through in, see accumulation.py.
         loss, loss_weighting, huber_delta, min_snr_gamma: see `Objective`.
@@ -205,15 +208,18 @@ def get_train_step(
         reduce_dtype: in which the devices add up gradients.
 
     Raises:
-        ValueError: for a label_dropout or an ema_decay outside [0, 1), an accumulate below 1,
-            fields that `Objective` refuses, and for a kind of parallelism that does not exist or
-            does not go with the mesh.
+        ValueError: for a label_dropout or an ema_decay outside [0, 1), a translation outside
+            [0, 1], an accumulate below 1, fields that `Objective` refuses, and for a kind of
+            parallelism that does not exist or does not go with the mesh.
     """
     for name, value in [("label_dropout", label_dropout), ("ema_decay", ema_decay)]:
         if not 0 <= value < 1:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    if not 0 <= translation <= 1:
+        raise ValueError(f"translation must lie in [0, 1], got {translation}")
     objective = Objective(loss, loss_weighting, huber_delta, min_snr_gamma)
     loss_options = {"label_dropout": label_dropout, "objective": objective, "train": True}
+    loss_options["translation"] = translation
     if mesh is not None:
         loss_options["axis_name"] = sharding.batch_axes(parallelism)
         network = network.clone(axis_name=loss_options["axis_name"])

@@ -283,6 +283,10 @@ def test_a_loss_that_is_no_number_names_its_step_and_the_window():
             lambda: get_train_step(Recorder(), optax.sgd(0.1), SCALE, ema_decay=-0.1),
             r"ema_decay must lie in \[0, 1\), got -0.1",
         ),
+        (
+            lambda: get_train_step(Recorder(), optax.sgd(0.1), SCALE, translation=1.1),
+            r"translation must lie in \[0, 1\], got 1.1",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(create, message):
