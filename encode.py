@@ -17,7 +17,8 @@ from ml_collections import config_flags
 
 from ldm_jax.cache import cache_home
 from ldm_jax.data import MANIFEST, LatentCache, default_cache, open_cache
-from ldm_jax.emoji import DEFAULT_STYLES, draw_emoji
+from ldm_jax.emoji import draw_emoji
+from ldm_jax.emoji_styles import DEFAULT_STYLES
 from ldm_jax.encoders import load_vae
 from ldm_jax.encoding import encode_pictures, from_npy_pair
 from ldm_jax.pictures import read_folder

@@ -14,21 +14,24 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 from ldm_jax.emoji_names import FAMILY, count_genders, get_concept, get_skin_tones
 from ldm_jax.emoji_sources import (
-    DEFAULT_STYLES,
     NAMES,
     SIZE,
-    STYLES,
     Emoji,
-    Style,
     get_sources,
     load_emoji,
     load_toned_emoji,
 )
-from ldm_jax.pictures import assign_split
+from ldm_jax.emoji_styles import DEFAULT_STYLES, STYLES, Style
+from ldm_jax.features import get_thumbnails
+from ldm_jax.metrics import nearest_rms
+from ldm_jax.pictures import assign_split, load_picture
 
 CELL_SHARE = 0.05
+TWIN = 0.03  # RMS difference of two thumbnails, of a pixel's range, below which they show the same.
 TONED = ", skin tones"  # ends the stamp of what was drawn with them
 LAYOUT = 1  # Raise it when the drawing changes, so that old pictures are drawn again.
 MANY = 200  # Fewer pictures than this are drawn without starting other processes.
@@ -44,7 +47,9 @@ def draw_emoji(
 
     A finished folder is returned as it is; an interrupted one is finished. A concept (an emoji
     without skin tone and gender) has one split in all styles; of the training concepts 5 % of the
-    (style, concept) cells are split "cell": the concept is known, this style of it is not.
+    (style, concept) cells are split "cell": the concept is known, this style of it is not. A style
+    that is not measured serves training alone: it holds nothing out, and of its pictures those of
+    held-out concepts and near twins of held-out pictures are left out.
 
     Args:
         folder: made if need be; holds <style>/<code points>.png, metadata.jsonl and CREDITS.md.
@@ -80,7 +85,7 @@ def draw_emoji(
         folder.mkdir(parents=True, exist_ok=True)
         seal.unlink(missing_ok=True)
         drawn = [_draw_style(folder, style, progress, skin_tones) for style in chosen]
-        records = [record for of_style in drawn for record in of_style]
+        records = _leave_out(folder, [record for of_style in drawn for record in of_style])
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         _write(folder / "metadata.jsonl", lines.encode())
         _write(folder / "CREDITS.md", get_credits(chosen).encode())
@@ -110,6 +115,24 @@ def assign_cell(style: str, concept: str) -> str:
     return "cell" if split == "train" and u < CELL_SHARE else split
 
 
+def _leave_out(folder: Path, records: list[dict]) -> list[dict]:
+    """Without what styles that serve training alone would show of what is held out."""
+    alone = {style.key for style in STYLES.values() if not style.measured}
+    known = [r for r in records if r["style"] not in alone or r["split"] == "train"]
+    held_out = [r for r in known if r["split"] != "train"]
+    extra = [r for r in known if r["style"] in alone]
+    if not held_out or not extra:
+        return known
+    thumbnails = (_load_thumbnails(folder, group) for group in (extra, held_out))
+    twin = nearest_rms(*thumbnails) < 255 * TWIN
+    left_out = {r["file_name"] for r, is_twin in zip(extra, twin) if is_twin}
+    return [r for r in known if r["file_name"] not in left_out]
+
+
+def _load_thumbnails(folder: Path, records: list[dict]):
+    return get_thumbnails(np.stack([load_picture(folder / r["file_name"]) for r in records]))
+
+
 # One style: sources, pictures, records.
 def _get_stamp(style: Style, skin_tones: bool) -> str:
     stamp = f"{style.package}@{style.version}, {NAMES[0]}@{NAMES[1]}, layout {LAYOUT}"
@@ -133,7 +156,7 @@ def _draw_style(folder: Path, style: Style, progress: bool, skin_tones: bool) ->
     toned = [
         e
         for e in (load_toned_emoji() if skin_tones else ())
-        if assign_cell(style.key, get_concept(e.key)) == "train"
+        if _get_split(style, get_concept(e.key)) == "train"
     ]
     # Apart, since sets are matched by names, and the match of one depends on the others.
     sources = get_sources(style, emoji) | get_sources(style, toned)
@@ -164,10 +187,14 @@ def _get_record(style: Style, emoji: Emoji) -> dict:
     return {
         "file_name": f"{style.key}/{emoji.key}.png",
         "text": [f"{emoji.name}, {style.phrase}", emoji.name],
-        "split": assign_cell(style.key, concept),
+        "split": _get_split(style, concept),
         "concept": concept,
         "style": style.key,
     }
+
+
+def _get_split(style: Style, concept: str) -> str:
+    return assign_cell(style.key, concept) if style.measured else assign_split(concept)
 
 
 def _draw_pictures(
@@ -279,7 +306,6 @@ def _group_by_picture(part: Path, emoji: Sequence[Emoji]) -> dict[bytes, list[Em
 
 
 def _is_grey(path: Path) -> bool:
-    import numpy as np
     from PIL import Image
 
     with Image.open(path) as picture:

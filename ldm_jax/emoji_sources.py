@@ -14,6 +14,7 @@ from ldm_jax.emoji_names import (
     normalise_key,
     slugify,
 )
+from ldm_jax.emoji_styles import STYLES, Style
 from ldm_jax.npm import fetch_package
 
 SIZE = 128
@@ -21,89 +22,6 @@ NAMES = ("emojibase-data", "17.0.0")
 COMPONENTS = 2  # emojibase's group of skin tones and hair; regional indicators have no group.
 
 
-class Style(NamedTuple):
-    """One way of drawing emoji: where it comes from and what is owed to whom."""
-
-    key: str  # folder name
-    package: str  # npm name
-    version: str
-    phrase: str  # how captions name the style
-    fewest: int  # fewer pictures than this means that something went wrong
-    licence: str
-    credit: str
-
-
-STYLES = {
-    style.key: style
-    for style in (
-        Style(
-            "twemoji",
-            "@iconify-json/twemoji",
-            "1.2.5",
-            "Twemoji",
-            1850,
-            "CC-BY-4.0",
-            "Twemoji, (c) Twitter, Inc and other contributors, https://github.com/jdecked/twemoji",
-        ),
-        Style(
-            "noto",
-            "@iconify-json/noto",
-            "1.2.9",
-            "Noto",
-            1550,
-            "Apache-2.0",
-            "Noto Emoji, (c) Google Inc, https://github.com/googlefonts/noto-emoji",
-        ),
-        Style(
-            "blob",
-            "@iconify-json/noto-v1",
-            "1.2.5",
-            "blob",
-            1150,
-            "Apache-2.0",
-            "Noto Emoji v1 (blobs), (c) Google Inc, https://github.com/googlefonts/noto-emoji",
-        ),
-        Style(
-            "fluent-flat",
-            "@iconify-json/fluent-emoji-flat",
-            "1.2.6",
-            "Fluent flat",
-            1500,
-            "MIT",
-            "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji",
-        ),
-        Style(
-            "fluent-3d",
-            "@lobehub/fluent-emoji-3d",
-            "1.1.0",
-            "Fluent 3D",
-            1750,
-            "MIT",
-            "Fluent Emoji, (c) Microsoft Corporation, https://github.com/microsoft/fluentui-emoji,"
-            " packed by LobeHub, https://github.com/lobehub/fluent-emoji",
-        ),
-        Style(
-            "emojione",
-            "@iconify-json/emojione",
-            "1.2.3",
-            "EmojiOne",
-            1150,
-            "CC-BY-4.0",
-            "EmojiOne 2.3 / EmojiTwo, https://github.com/EmojiTwo/emojitwo",
-        ),
-        Style(
-            "openmoji",
-            "@iconify-json/openmoji",
-            "1.2.29",
-            "OpenMoji",
-            1800,
-            "CC-BY-SA-4.0",
-            "OpenMoji, https://openmoji.org",
-        ),
-    )
-}
-# Without OpenMoji, whose licence goes over to what is made of it. No bundled weights have seen it.
-DEFAULT_STYLES = tuple(key for key in STYLES if key != "openmoji")
 # Packages that map code points to icon names, for the packages that do not.
 NAME_GUIDES = ("twemoji", "noto", "fluent-flat")
 OLD_ICON_NAMES = {"1f199": ("up-exclamation-button", "up-text-button"), "1f635": ("dizzy-face",)}
@@ -170,7 +88,10 @@ def get_sources(style: Style, emoji: Sequence[Emoji]) -> dict[str, str | Path]:
         names = {e.key: _get_asset_key(e.key) for e in emoji}
         return {key: files[name] for key, name in names.items() if name in files}
     icons = json.loads((package / "icons.json").read_text(encoding="utf-8"))
-    names = _load_chars(package) or _match_names(icons, emoji)
+    names = _load_chars(package)
+    if style.key == "fxemoji":  # Named by its own words for code points: looked at one by one.
+        names = json.loads(Path(__file__).with_name("fxemoji.json").read_text(encoding="utf-8"))
+    names = names or _match_names(icons, emoji, numbered=style.key == "streamline")
     return {e.key: _get_svg(icons, names[e.key]) for e in emoji if e.key in names}
 
 
@@ -187,7 +108,7 @@ def _load_chars(package: Path) -> dict[str, str]:
     return {normalise_key(hexcode): name for hexcode, name in chars.items()}
 
 
-def _match_names(icons: dict, emoji: Sequence[Emoji]) -> dict[str, str]:
+def _match_names(icons: dict, emoji: Sequence[Emoji], numbered: bool = False) -> dict[str, str]:
     """Code points => icon name by likeness of name: the CLDR label, or another set's icon name."""
     emoji = [e for e in emoji if e.key not in REDRAWN]
     guesses = {e.key: [slugify(e.label)] for e in emoji}
@@ -205,6 +126,12 @@ def _match_names(icons: dict, emoji: Sequence[Emoji]) -> dict[str, str]:
         for key, name in _load_chars(package).items():
             root = aliases.get(name, {}).get("parent", name)
             guesses.get(key, []).extend([name, root, *also[root]])
+    if numbered:  # "cook-1" is yellow, "cook-2" is not; flags go by their country's name alone.
+        flags = {e.key: [slugify(e.label[6:])] for e in emoji if e.label.startswith("flag: ")}
+        for key, known in guesses.items():
+            known += [f"{name}-1" for name in known] + [f"{name}-face" for name in known]
+            known += [f"{name}-1" for name in known if name.endswith("-face")]
+            known += flags.get(key, [])
     # An icon under its own name beats the same icon under an alias: cricket game, cricket.
     taken = {name for names in guesses.values() for name in names if name in icons["icons"]}
     matches = {}

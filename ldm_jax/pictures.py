@@ -5,13 +5,13 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 SPLITS = ("train", "valid", "test", "cell")
 TEST_SHARE = 0.06
@@ -98,6 +98,22 @@ def read_folder(folder: str | os.PathLike) -> list[Picture]:
     if not rows:
         raise ValueError(f"{tables[0]} must name at least one picture, got none")
     return _join(folder, rows)
+
+
+def find_measured(pictures: Sequence[Picture]) -> Bool[np.ndarray, " n"]:
+    """Which pictures are of a style that holds any out; the other styles serve training alone.
+
+    What those show is neither drawn nor searched where quality is measured. Of pictures that hold
+    nothing out at all, all are measured.
+    """
+    held_out = {picture.style for picture in pictures if picture.split != "train"}
+    return np.array([not held_out or picture.style in held_out for picture in pictures], bool)
+
+
+def read_measured(folder: str | os.PathLike) -> list[Picture]:
+    """`read_folder`, without the styles that serve training alone."""
+    pictures = read_folder(folder)
+    return [picture for picture, kept in zip(pictures, find_measured(pictures)) if kept]
 
 
 def _join(folder: Path, rows: list[_Row]) -> list[Picture]:

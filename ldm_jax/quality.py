@@ -24,7 +24,7 @@ from ldm_jax.metrics import (
     share,
     to_unit,
 )
-from ldm_jax.pictures import Picture, load_picture
+from ldm_jax.pictures import Picture, find_measured, load_picture
 from ldm_jax.spreading import spread
 from ldm_jax.text import load_text_encoder
 
@@ -70,23 +70,24 @@ def choose_captions(
 ) -> dict[str, Int[np.ndarray, " n"]]:
     """Rows of up to that many pictures of each group, by the hash of seed and file name.
 
-    More captions contain fewer, and other pictures of the set do not change the choice. Groups of
-    less than FEWEST pictures are left out.
+    More captions contain fewer, and other pictures of the set do not change the choice. Pictures
+    that `find_measured` leaves out are not chosen, nor groups of less than FEWEST pictures.
 
     Raises:
         ValueError: if no group is left.
     """
     if captions_per_group < FEWEST:
         raise ValueError(f"captions_per_group must be at least {FEWEST}, got {captions_per_group}")
-    chosen = {}
+    chosen, measured = {}, [int(i) for i in np.flatnonzero(find_measured(pictures))]
     for split in GROUPS:
-        rows = [i for i, picture in enumerate(pictures) if picture.split == split]
+        rows = [i for i in measured if pictures[i].split == split]
         names = {i: f"{seed}/{pictures[i].style}/{pictures[i].path.name}" for i in rows}
         rows.sort(key=lambda i: _hash(names[i]))
         if len(rows) >= FEWEST:
             chosen[split] = np.array(rows[:captions_per_group])
     if not chosen:
-        counts = {split: sum(p.split == split for p in pictures) for split in GROUPS}
+        splits = [pictures[i].split for i in measured]
+        counts = {split: splits.count(split) for split in GROUPS}
         raise ValueError(f"a group must have at least {FEWEST} pictures, got {counts}")
     return chosen
 
@@ -264,12 +265,15 @@ def measure_pictures(
         figures["frechet"] = frechet_distance(*pair)
 
     # What each picture shows.
-    centre = exam.reference.features.mean(0)
-    likeness = to_unit(seen.features, centre) @ to_unit(exam.reference.features, centre).T
-    ranks = get_ranks(likeness, same_concept, same_style)
+    searched = find_measured(exam.pictures)
+    features = exam.reference.features[searched]
+    centre = features.mean(0)
+    likeness = to_unit(seen.features, centre) @ to_unit(features, centre).T
+    ranks = get_ranks(likeness, same_concept[:, searched], same_style[:, searched])
     figures["recall_1"], figures["recall_5"] = share(ranks <= 1), share(ranks <= 5)
-    if len(set(styles)) > 1:
-        figures["right_style"] = share(styles[likeness.argmax(1)] == styles[rows])
+    if len(set(styles[searched])) > 1:
+        nearest = styles[searched][likeness.argmax(1)]
+        figures["right_style"] = share(nearest == styles[rows])
     if exam.candidates:
         head, captions = exam.candidates
         likeness = head.embed_images(seen.features) @ captions.T

@@ -24,7 +24,7 @@ from diffusers import AutoencoderKL
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # The GPU's memory is torch's here.
 from ldm_jax.features import load_extractor  # noqa: E402
 from ldm_jax.metrics import kid, psnr, ssim  # noqa: E402
-from ldm_jax.pictures import load_picture, read_folder  # noqa: E402
+from ldm_jax.pictures import load_picture, read_measured  # noqa: E402
 
 HELD_OUT = ("valid", "test", "cell")
 
@@ -37,7 +37,7 @@ class Pictures(NamedTuple):
 
 def load_pictures(folder: Path, exclude_styles: tuple[str, ...] = ()) -> Pictures:
     """Reads a folder of pictures with splits, less the styles to leave out, into memory."""
-    chosen = [p for p in read_folder(folder) if p.style not in exclude_styles]
+    chosen = [p for p in read_measured(folder) if p.style not in exclude_styles]
     with ThreadPoolExecutor(16) as pool:
         images = np.stack(list(pool.map(lambda p: load_picture(p.path, 128), chosen)))
     splits, styles = (np.array([getattr(p, k) for p in chosen]) for k in ("split", "style"))

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 
 from ldm_jax.features import get_reference, load_extractor
 from ldm_jax.metrics import Estimate, get_ranks, share, to_unit
-from ldm_jax.pictures import Picture, read_folder
+from ldm_jax.pictures import read_measured
 from ldm_jax.text import load_text_encoder, split_caption
 
 GROUPS = {"cell": "held-out cells", "test": "held-out concepts"}
@@ -137,7 +137,7 @@ def compare(p: Pictures) -> Iterator[tuple[str, str, list[Estimate | None]]]:
 
 def read_pictures(folder: Path, image_size: int) -> Pictures:
     """All pictures of a folder that `draw_emoji` drew, by EfficientNet-lite0."""
-    pictures: list[Picture] = read_folder(folder)
+    pictures = read_measured(folder)
     reference = get_reference(pictures, load_extractor(), image_size, progress=True)
     names = [split_caption(p.captions[0])[0] for p in pictures]
     fields = (np.array([getattr(p, k) for p in pictures]) for k in ("style", "concept", "split"))

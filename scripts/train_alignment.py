@@ -20,7 +20,7 @@ from ldm_jax.cache import cache_home
 from ldm_jax.emoji import draw_emoji
 from ldm_jax.features import get_reference, load_extractor
 from ldm_jax.metrics import get_ranks, share
-from ldm_jax.pictures import Picture, read_folder
+from ldm_jax.pictures import Picture, read_measured
 from ldm_jax.text import load_text_encoder
 
 README = """# The alignment head
@@ -104,7 +104,7 @@ def measure_head(
 
 def main(argv):
     seed, out = flags.FLAGS.seed, Path(flags.FLAGS.out)
-    pictures = read_folder(draw_emoji(cache_home() / "emoji"))
+    pictures = read_measured(draw_emoji(cache_home() / "emoji"))
     extractor, encode = load_extractor("efflite0"), load_text_encoder("use")
     features = get_reference(pictures, extractor, 128, progress=True).features
     splits, concepts = (np.array([getattr(p, k) for p in pictures]) for k in ("split", "concept"))

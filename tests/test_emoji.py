@@ -158,6 +158,43 @@ def test_transparent_files_come_out_on_white(packages, tmp_path):
     assert get_pixel(folder / "fluent-3d" / "1f600.png", 5, 5) == (0, 0, 255)
 
 
+def test_a_style_that_serves_training_alone_shows_nothing_that_is_held_out(
+    packages, tmp_path, monkeypatch
+):
+    """The hand is held out; the red face is so in Twemoji alone, as a cell."""
+    split = {"1f449": "test"}
+    monkeypatch.setattr(emoji, "assign_split", lambda concept: split.get(concept, "train"))
+    monkeypatch.setattr(
+        emoji, "assign_cell", lambda _, c: "cell" if c == "1f600" else split.get(c, "train")
+    )
+    icons = {"grin": BLUE, "one": RED, "cricket": GREEN, "left": GREY}
+    chars = {key: name for key, name in CHARS.items() if name in icons} | {"1f449": "left"}
+    write_icons(packages / "@iconify-json-fluent-emoji", icons, chars, {})
+    both = ["twemoji", "fluent-color"]
+    records = read_records(draw_emoji(tmp_path / "emoji", both, progress=False))
+    splits = {name: record["split"] for name, record in records.items()}
+    assert splits["twemoji/1f600.png"] == "cell" and splits["twemoji/1f449.png"] == "test"
+    # No hand, and no keycap, which is as red as the face.
+    extra = {name: split for name, split in splits.items() if name.startswith("fluent-color")}
+    assert extra == {"fluent-color/1f600.png": "train", "fluent-color/1f997.png": "train"}
+    alone = draw_emoji(tmp_path / "alone", both[1:], progress=False)
+    assert set(read_records(alone)) == {*extra, "fluent-color/31-20e3.png"}
+
+
+def test_firefox_os_and_streamline_are_matched_by_their_own_names(packages, tmp_path):
+    icons = {"right": RED, "chineseflag": GREEN}  # All of CATALOGUE that the set draws.
+    write_icons(packages / "@iconify-json-fxemoji", icons, {}, {})
+    numbered = {"grinning-face-1": RED, "grinning-face-2": GREY, "china": BLUE}
+    write_icons(packages / "@iconify-json-streamline-emojis", numbered, {}, {})
+    folder = draw_emoji(tmp_path / "emoji", ["fxemoji", "streamline"], progress=False)
+    names = {name: record["text"][1] for name, record in read_records(folder).items()}
+    assert names["streamline/1f600.png"] == "grinning face"
+    assert get_pixel(folder / "streamline" / "1f600.png", 64, 64) == (255, 0, 0)
+    assert names["streamline/1f1e8-1f1f3.png"] == "flag of China"
+    assert names["fxemoji/1f1e8-1f1f3.png"] == "flag of China"
+    assert get_pixel(folder / "fxemoji" / "1f1e8-1f1f3.png", 64, 64) == (0, 255, 0)
+
+
 def test_a_picture_that_is_not_square_keeps_its_shape(tmp_path):
     svg = emoji_sources._get_svg(
         {

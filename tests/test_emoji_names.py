@@ -4,8 +4,9 @@ import hashlib
 
 import pytest
 
-from ldm_jax.emoji import STYLES, assign_cell
+from ldm_jax.emoji import assign_cell
 from ldm_jax.emoji_names import get_concept, get_name, get_skin_tones, normalise_key, slugify
+from ldm_jax.emoji_styles import STYLES
 from ldm_jax.pictures import assign_split
 
 

@@ -8,7 +8,8 @@ from test_emoji import CATALOGUE, CHARS, ICONS, packages, read_records, write_ic
 
 from ldm_jax import emoji
 from ldm_jax.emoji import draw_emoji
-from ldm_jax.emoji_sources import STYLES, Emoji, get_sources, load_toned_emoji
+from ldm_jax.emoji_sources import Emoji, get_sources, load_toned_emoji
+from ldm_jax.emoji_styles import STYLES
 
 CODES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
 HAND, WOMAN, PAIR = "1f44b", "1f469-200d-1f9b0", "1f46b"

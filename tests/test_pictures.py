@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.pictures import PictureError, assign_split, load_picture, read_folder
+from ldm_jax.pictures import (
+    PictureError,
+    assign_split,
+    find_measured,
+    load_picture,
+    read_folder,
+    read_measured,
+)
 
 
 def paint(path, size=(16, 16), colour=(255, 0, 0), mode="RGB"):
@@ -66,6 +73,26 @@ def test_csv_joins_the_captions_of_a_repeated_picture(folder):
     first, second = read_folder(folder)
     assert first[:4] == (folder / "a.png", ("red, and flat", "red"), "test", "a.png")
     assert second[1:3] == (("two\nlines",), assign_split("b.png"))
+
+
+def test_styles_that_hold_nothing_out_are_not_measured(folder):
+    styles = {
+        "a.png": ("flat", "train"),
+        "b.png": ("flat", "test"),
+        "sub/c.png": ("extra", "train"),
+    }
+    write_jsonl(
+        folder,
+        *(
+            {"file_name": name, "text": name, "style": style, "split": split}
+            for name, (style, split) in styles.items()
+        ),
+    )
+    assert list(find_measured(read_folder(folder))) == [True, True, False]
+    assert [p.path.name for p in read_measured(folder)] == ["a.png", "b.png"]
+    trained = [p for p in read_folder(folder) if p.split == "train"]
+    assert list(find_measured(trained)) == [True, True]  # Nothing is held out at all.
+    assert list(find_measured([])) == []
 
 
 def test_text_files_give_a_caption_a_line_and_other_pictures_are_left_out(folder):

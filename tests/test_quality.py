@@ -16,7 +16,7 @@ from ldm_jax.features import Extractor, Reference, get_thumbnails
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import create_meta
 from ldm_jax.metrics import Estimate
-from ldm_jax.pictures import Picture
+from ldm_jax.pictures import Picture, find_measured
 from ldm_jax.sampler import Denoiser, get_diffuser
 from ldm_jax.text import load_text_encoder
 from ldm_jax.unet import get_network
@@ -121,6 +121,25 @@ def test_planted_faults_are_counted():
     same = sum(style[row] == style[trained] for row in rows[4:6])
     assert figures["right_style"].value == pytest.approx((4 + same) / 10)
     assert figures["recall_1"].value <= 0.6 and figures["frechet"] > 0
+
+
+def test_a_style_that_holds_nothing_out_is_not_searched_but_may_be_copied():
+    """What it shows lies nearer to the drawn pictures than anything of the two other styles."""
+    exam, _ = create_exam()
+    plain = quality.measure(exam, exam.real)
+    rows = exam.chosen["test"]
+    extra = [exam.pictures[i]._replace(split="train", style="extra") for i in rows]
+    pictures = [*exam.pictures, *extra]
+    reference = Reference(*(np.concatenate([x, x[rows]]) for x in exam.reference))
+    assert not find_measured(pictures)[-len(rows) :].any()
+    for split, chosen in quality.choose_captions(pictures, 10, seed=0).items():
+        np.testing.assert_array_equal(chosen, exam.chosen[split])
+    found = quality.measure(exam._replace(pictures=pictures, reference=reference), exam.real)
+    assert plain["test"]["drawn"]["near_copies"].value == 0
+    assert found["test"]["drawn"].pop("near_copies").value == 1
+    assert plain["test"]["drawn"].pop("near_copies").value == 0
+    assert found["test"]["drawn"] == plain["test"]["drawn"]
+    assert found["cell"] == plain["cell"]
 
 
 def test_one_style_has_no_right_style():
