@@ -68,7 +68,7 @@ def load_model(
         if step != "last":
             raise ValueError(f"step must be 'last' for an exported model, got {step!r}")
         meta = json.loads((path / META_FILE).read_text())
-        variables = _read_weights(path / WEIGHTS_FILE, meta.pop("weights_sha256", None))
+        variables = _read_weights(path, meta.pop("weights_sha256", None))
     else:
         path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         step = _choose_step(path, step)
@@ -110,15 +110,22 @@ def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
     return encoder
 
 
-def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16") -> Path:
-    """Writes a model as WEIGHTS_FILE and META_FILE; the weights rounded as `rounding.pack` does.
+def export_model(
+    model: Model,
+    folder: str | os.PathLike,
+    dtype: str = "float16",
+    file_bytes: int | None = None,
+) -> Path:
+    """Writes a model as weights and META_FILE; the weights rounded as `rounding.pack` does.
 
-    Running statistics stay float32, since their range is not bounded.
+    The weights are WEIGHTS_FILE, or several files that are named after it; META_FILE has the
+    SHA-256 of each. Running statistics stay float32, since their range is not bounded.
 
     Args:
         model: what is written.
         folder: made if need be.
         dtype: "float16", another floating dtype, or "int8": half the bytes of float16.
+        file_bytes: about how many a file has at most; None: all are in one.
 
     Raises:
         ValueError: if a weight is beyond the range of `dtype`.
@@ -135,25 +142,47 @@ def export_model(model: Model, folder: str | os.PathLike, dtype: str = "float16"
             name, np.asarray(value), dtype if name.startswith("params/") else "float32"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (WEIGHTS_FILE + ".partial")
-    save_file(tensors, partial)
-    partial.replace(folder / WEIGHTS_FILE)
-    meta = model.meta | {"weights_sha256": file_digest(folder / WEIGHTS_FILE)}
+    files, digests = _divide(tensors, file_bytes), {}
+    for i, part in enumerate(files, 1):
+        ending = "" if len(files) == 1 else f"-{i}-of-{len(files)}"
+        path = folder / WEIGHTS_FILE.replace(".", f"{ending}.")
+        partial = path.with_suffix(".partial")
+        save_file(part, partial)
+        partial.replace(path)
+        digests[path.name] = file_digest(path)
     # The meta file comes last: a folder that has one is whole.
+    meta = model.meta | {"weights_sha256": digests}
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
     return folder
 
 
-def _read_weights(path: Path, sha256: str | None) -> dict:
+def _divide(tensors: Mapping[str, np.ndarray], most: int | None) -> list[dict[str, np.ndarray]]:
+    """The tensors in order, in groups of at most that many bytes where none alone has more."""
+    groups, size = [{}], 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if most is not None and size > most and groups[-1]:
+            groups.append({})
+            size = tensor.nbytes
+        groups[-1][name] = tensor
+    return groups
+
+
+def _read_weights(folder: Path, digests: Mapping[str, str] | str | None) -> dict:
+    """Of all files that there are digests for; an older release wrote one file, and its digest."""
     from safetensors.numpy import load_file
 
-    try:
-        if sha256 is not None and sha256 != file_digest(path):
-            raise records.DamagedError(f"{path} differs from what was exported")
-        tensors = load_file(path)
-    except Exception as error:
-        error.add_note(f"while reading {path}")
-        raise
+    files = digests if isinstance(digests, Mapping) else {WEIGHTS_FILE: digests}
+    tensors = {}
+    for name, sha256 in files.items():
+        path = folder / name
+        try:
+            if sha256 is not None and sha256 != file_digest(path):
+                raise records.DamagedError(f"{path} differs from what was exported")
+            tensors |= load_file(path)
+        except Exception as error:
+            error.add_note(f"while reading {path}")
+            raise
     variables = unflatten_dict(rounding.unpack(tensors), sep="/")
     variables.setdefault("batch_stats", {})
     return jax.tree.map(jax.numpy.asarray, variables)

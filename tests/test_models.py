@@ -127,6 +127,34 @@ def test_a_model_in_eight_bits_draws_nearly_as_before(tmp_path):
     assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_weights_in_several_files_are_those_in_one(tmp_path, run_folder, dtype):
+    model = models.load_model(run_folder)
+    one = models.export_model(model, tmp_path / "one", dtype)
+    whole = (one / models.WEIGHTS_FILE).stat().st_size
+    several = models.export_model(model, tmp_path / "several", dtype, file_bytes=whole // 2)
+    paths = sorted(several.glob("*.safetensors"))
+    names = [f"denoiser-{i}-of-{len(paths)}.safetensors" for i in range(1, len(paths) + 1)]
+    assert len(paths) > 1 and [path.name for path in paths] == names
+    stored = [load_file(path) for path in paths]
+    assert all(sum(x.nbytes for x in part.values()) <= whole // 2 for part in stored)
+    variables = [models.load_model(folder).denoiser.variables for folder in (one, several)]
+    chex.assert_trees_all_equal(*variables)
+    paths[-1].unlink()
+    with pytest.raises(FileNotFoundError, match=names[-1]):
+        models.load_model(several)
+
+
+def test_one_digest_of_one_file_is_read_as_older_releases_wrote_it(tmp_path, run_folder):
+    folder = models.export_model(models.load_model(run_folder), tmp_path)
+    [digest] = json.loads((folder / models.META_FILE).read_text())["weights_sha256"].values()
+    edit_meta(folder, weights_sha256=digest)
+    assert models.load_model(folder).meta == create_meta()
+    edit_meta(folder, weights_sha256=digest[::-1])
+    with pytest.raises(DamagedError, match="differs from what was exported"):
+        models.load_model(folder)
+
+
 def test_weights_beyond_float16_are_not_exported(tmp_path, run_folder):
     model = models.load_model(run_folder)
     variables = jax.tree.map(lambda x: x * 1e6 + 1e6, model.denoiser.variables)
