@@ -44,6 +44,31 @@ def guide_apart(
     return _keep_spread(guided, preferred, rescale)
 
 
+def guide_by_weaker(
+    preferred: Float[Array, "n h w c"],
+    weaker: Float[Array, "n h w c"],
+    styleless: Float[Array, "n h w c"],
+    weight: Float[Array, ""] | float,
+    style_weight: Float[Array, ""] | float,
+    rescale: Float[Array, ""] | float = 0.0,
+) -> Float[Array, "n h w c"]:
+    """Autoguidance (Karras et al. 2024), and a weight for the text's style beside it.
+
+    weaker + w (preferred - weaker) + (w_style - 1) (preferred - styleless); a style weight of 1
+    makes it `guide`, which goes away from what a weaker denoiser makes of the same text.
+
+    Args:
+        preferred: estimates with the whole text.
+        weaker: those of the weaker denoiser, likewise.
+        styleless: with the text less its style.
+        weight: w.
+        style_weight: w_style.
+        rescale: see `guide`.
+    """
+    guided = guide(preferred, weaker, weight) + (style_weight - 1) * (preferred - styleless)
+    return _keep_spread(guided, preferred, rescale)
+
+
 def _keep_spread(guided, preferred, rescale):
     axes = tuple(range(1, guided.ndim))
     ratio = jnp.std(preferred, axes, keepdims=True) / jnp.std(guided, axes, keepdims=True)

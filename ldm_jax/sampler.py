@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ldm_jax import estimating, folding, graphs, ranks, solvers
-from ldm_jax.guidance import drop_style, guide, guide_apart
+from ldm_jax.guidance import drop_style, guide, guide_apart, guide_by_weaker
 from ldm_jax.noising import ForwardProcess, SignalRule
 from ldm_jax.schedules import get_noise_levels
 
@@ -217,16 +217,22 @@ class Diffuser:
         """estimate(x_t, noise_level), guided and thresholded."""
         other_labels = jnp.zeros_like(labels) if negative_labels is None else negative_labels
         apart = self.style_guidance is not None
+        styleless = [drop_style(labels)] if apart else []
         if self.guide is None:
-            texts = [labels, other_labels] + ([drop_style(labels)] if apart else [])
-            estimate_all = get_estimator(self.denoiser, jnp.stack(texts))
+            guide_styled = guide_apart
+            estimate_all = get_estimator(
+                self.denoiser, jnp.stack([labels, other_labels, *styleless])
+            )
         elif negative_labels is not None:
             raise ValueError("negative labels do not go with a guide, which sees the text")
-        elif apart:
-            raise ValueError("style_guidance does not go with a guide, which sees the style")
         else:
-            pair = [get_estimator(d, labels[None]) for d in (self.denoiser, self.guide)]
-            estimate_all = lambda x_t, level: [e(x_t, level)[0] for e in pair]  # noqa: E731
+            guide_styled = guide_by_weaker
+            estimate_own = get_estimator(self.denoiser, jnp.stack([labels, *styleless]))
+            estimate_other = get_estimator(self.guide, labels[None])
+
+            def estimate_all(x_t, level):
+                preferred, *styleless = estimate_own(x_t, level)
+                return preferred, *estimate_other(x_t, level), *styleless
 
         def estimate(x_t, level):
             low, high = self.guidance_interval
@@ -237,7 +243,7 @@ class Diffuser:
                 guided = guide(preferred, other, weight, self.guidance_rescale)
             else:
                 weights = weight, jnp.where(inside, self.style_guidance, 1.0)
-                guided = guide_apart(
+                guided = guide_styled(
                     preferred, other, styleless[0], *weights, rescale=self.guidance_rescale
                 )
             return dynamic_thresholding(guided, self.perc)

@@ -8,9 +8,15 @@ import pytest
 from jax.tree_util import Partial
 
 from ldm_jax import solvers
-from ldm_jax.guidance import guide
+from ldm_jax.guidance import drop_style, guide
 from ldm_jax.noising import SignalRule
-from ldm_jax.sampler import Diffuser, get_diffuser, get_picture_keys, sample_seeds
+from ldm_jax.sampler import (
+    Diffuser,
+    dynamic_thresholding,
+    get_diffuser,
+    get_picture_keys,
+    sample_seeds,
+)
 from ldm_jax.schedules import SCHEDULES, get_noise_levels
 
 SHAPE = (4, 4, 2)
@@ -221,9 +227,22 @@ def test_autoguidance_leads_away_from_the_guide():
     np.testing.assert_allclose(found, 2 * (0.5 * x_t + 0.1) - 0.4 * x_t, atol=1e-6)
     with pytest.raises(ValueError, match="negative labels do not go with a guide"):
         diffuser.predict_x_zero(x_t, labels, 0.4, negative_labels=labels)
-    apart = get_diffuser(Partial(halve), style_guidance=2.0, guide=weaker)
-    with pytest.raises(ValueError, match="style_guidance does not go with a guide"):
-        apart.predict_x_zero(x_t, labels, 0.4)
+
+
+def test_style_is_weighed_beside_autoguidance():
+    x_t, labels = sample_seeds([1, 2], SHAPE), 0.1 * jnp.arange(24.0).reshape(2, 12)
+    weaker = Partial(lambda x, a, text: 0.4 * halve_by_parts(x, a, text))
+    whole, styleless = (halve_by_parts(x_t, 0.4, text) for text in (labels, drop_style(labels)))
+    options = dict(class_guidance=2.0, guide=weaker, perc=100.0)
+    for style, rescale in ((3.0, 0.0), (1.0, 0.0), (2.5, 0.7)):
+        expected = 2 * whole - 0.4 * whole + (style - 1) * (whole - styleless)
+        spread = [x.std((1, 2, 3), keepdims=True) for x in (whole, expected)]
+        expected *= rescale * spread[0] / spread[1] + 1 - rescale
+        settings = dict(style_guidance=style, guidance_rescale=rescale)
+        found = get_diffuser(Partial(halve_by_parts), **options, **settings).predict_x_zero(
+            x_t, labels, 0.4
+        )
+        np.testing.assert_allclose(found, dynamic_thresholding(expected, 100.0), atol=1e-5)
 
 
 def test_new_guidance_never_retraces():
