@@ -22,12 +22,11 @@ from ml_collections import ConfigDict
 
 from configs import emoji
 from encode import get_pictures
-from ldm_jax import models, quality, report, sampler
+from ldm_jax import models, quality, report
 from ldm_jax.alignment import load_clip_score
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
-from ldm_jax.latents import LatentScale
 from ldm_jax.pictures import read_folder
 from ldm_jax.text import check_parts, load_text_encoder
 
@@ -36,8 +35,7 @@ class Examinee(NamedTuple):
     """A model with all that its pictures are drawn and measured with; `load_examinee` makes it.
 
     Attributes:
-        denoiser: of the model; on a CPU in float32.
-        scale: of its latents.
+        model: on a CPU in float32.
         latent_shape: (h, w, c).
         vae: from `load_vae`.
         text_encoder: from `load_text_encoder`.
@@ -46,8 +44,7 @@ class Examinee(NamedTuple):
         told: what a report says of the exam, see `quality.json`.
     """
 
-    denoiser: Callable
-    scale: LatentScale
+    model: models.Model
     latent_shape: tuple[int, ...]
     vae: Any
     text_encoder: Callable
@@ -89,7 +86,7 @@ def evaluate(
     """
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     settings = model.meta["sampling"] | dict(sampling or {})
-    sampler.get_diffuser(model.denoiser, **settings)  # Raises before the long part.
+    model.get_diffuser(**settings)  # Raises before the long part.
     check_parts(model.meta["text_encoder"]["name"], settings)
     examinee = load_examinee(
         model,
@@ -173,9 +170,9 @@ def load_examinee(
         "captions_per_group": captions_per_group,
         "seed": seed,
     }
-    denoiser = quality.in_float32_on_cpu(model.denoiser)
+    model = model.convert(quality.in_float32_on_cpu)
     labels = {split: text_encoder(exam.captions(split)) for split in exam.chosen}
-    return Examinee(denoiser, model.scale, shape, vae, text_encoder, exam, labels, told)
+    return Examinee(model, shape, vae, text_encoder, exam, labels, told)
 
 
 def draw_group(
@@ -188,7 +185,7 @@ def draw_group(
         split: the group.
         settings: of `sampler.get_diffuser`.
     """
-    diffuser = sampler.get_diffuser(examinee.denoiser, **settings)
+    diffuser = examinee.model.get_diffuser(**settings)
     latents = quality.draw_latents(
         diffuser,
         examinee.labels[split],
@@ -197,7 +194,7 @@ def draw_group(
         batch_size,
         progress,
     )
-    latents = np.asarray(examinee.scale.restore(jnp.asarray(latents)))
+    latents = np.asarray(examinee.model.scale.restore(jnp.asarray(latents)))
     return examinee.vae.decode(latents, as_bytes=True)
 
 

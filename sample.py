@@ -23,6 +23,7 @@ from ldm_jax.solvers import METHODS
 from ldm_jax.spreading import spread
 from ldm_jax.text import check_parts, check_prompt, load_text_encoder
 
+NO_GUIDE = "none"
 # Flags => arguments of `get_diffuser`.
 SETTINGS = {
     "steps": "diffusion_steps",
@@ -55,11 +56,11 @@ def sample(
 
     Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
     The PNG files carry prompt, seed and settings as text; `settings` are arguments of
-    `get_diffuser` in the place of the checkpoint's own. Guidance leads away from no text, from
-    `negative_prompt`, or from what a weaker checkpoint in `guide_folder` estimates, which puts the
-    checkpoint's own guidance of the style out of play. With a `vae_dtype` of "bfloat16" a GPU
-    decodes faster, at some 55 dB from the float32 pictures (the bundled VAE). With `ema` the
-    weights are the average of that sigma_rel, made of the run's snapshots.
+    `get_diffuser` in the place of the checkpoint's own. Guidance leads away from what a weaker
+    checkpoint estimates, that in `guide_folder` or the checkpoint's own guide; from no text, where
+    there is none or `guide_folder` is NO_GUIDE; or from `negative_prompt`. With a `vae_dtype` of
+    "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures (the bundled VAE). With
+    `ema` the weights are the average of that sigma_rel, made of the run's snapshots.
 
     Raises:
         ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), settings that do not
@@ -74,12 +75,12 @@ def sample(
     if guide_folder is not None and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
-    own = dict(model.meta["sampling"])
-    if guide_folder is not None:
-        own.pop("style_guidance", None)  # A guide takes its place.
-    settings = own | settings
-    guide = None if guide_folder is None else _load_guide(guide_folder, guide_step, model)
-    diffuser = sampler.get_diffuser(model.denoiser, guide=guide, **settings)
+    if guide_folder == NO_GUIDE or negative_prompts:
+        model = model.guided_by(None)
+    elif guide_folder is not None:
+        model = model.guided_by(models.load_model(guide_folder, guide_step))
+    diffuser = model.get_diffuser(**settings)
+    settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
     vae = models.load_encoder(load_vae, model.meta["vae"], dtype=vae_dtype)
@@ -107,7 +108,8 @@ def sample(
     described["checkpoint"] = str(checkpoint_folder or "bundled")
     described |= {} if ema is None else {"ema": str(ema)}
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
-    described |= {"guide": f"{guide_folder}, step {guide_step}"} if guide else {}
+    if model.guide:
+        described["guide"] = f"{guide_folder}, step {guide_step}" if guide_folder else "its own"
     paths, metadata = [], []
     for i, (caption, picture_seed) in enumerate(zip(captions, picture_seeds)):
         paths.append(out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png")
@@ -115,18 +117,6 @@ def sample(
     save_pngs(paths, images, metadata)
     save_grid(out / "grid.png", images, captions, columns=num if num > 1 else min(8, len(captions)))
     return paths
-
-
-def _load_guide(folder, step, model):
-    """A weaker denoiser for the same latents and texts."""
-    guide = models.load_model(folder, step)
-    for part in ("vae", "text_encoder", "std_latent", "mean_latent"):
-        if guide.meta[part] != model.meta[part]:
-            raise ValueError(
-                f"the guide in {folder} belongs to other data: its {part} is {guide.meta[part]}, "
-                f"the checkpoint's is {model.meta[part]}"
-            )
-    return guide.denoiser
 
 
 def _file_stem(prompt):
@@ -189,7 +179,9 @@ if __name__ == "__main__":
     flags.DEFINE_float("eta", None, "fresh noise of the method ddim, from 0 to 1")
     flags.DEFINE_enum("schedule", None, SCHEDULES, "which noise levels")
     flags.DEFINE_string("negative_prompt", None, "what guidance leads away from")
-    flags.DEFINE_string("guide", None, "a weaker checkpoint that guidance leads away from")
+    flags.DEFINE_string(
+        "guide", None, f"a weaker checkpoint that guidance leads away from; {NO_GUIDE}: no text"
+    )
     flags.DEFINE_string("guide_step", "last", "of the guide, as --step")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_enum("vae_dtype", "float32", DTYPES, "of the decoding's computation")

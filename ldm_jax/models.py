@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ldm_jax import records, rounding, snapshots
+from ldm_jax import records, rounding, sampler, snapshots
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_version
 from ldm_jax.noising import get_process
@@ -26,6 +26,7 @@ from ldm_jax.shards import file_digest
 from ldm_jax.unet import get_network
 
 WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
+GUIDE = "guide"  # folder of the guide, an exported model, in that of the model that it guides
 BUNDLED = Path(__file__).parent / "weights" / "emoji"
 
 
@@ -36,17 +37,48 @@ class Model(NamedTuple):
         denoiser: the network with its averaged weights.
         scale: of its latents.
         meta: the JSON object of `meta.create_meta`.
+        guide: a weaker model of the same latents and texts, which its guidance leads away from;
+            None: that leads away from no text.
     """
 
     denoiser: Denoiser
     scale: LatentScale
     meta: dict
+    guide: "Model | None" = None
+
+    def get_diffuser(self, **settings: Any) -> sampler.Diffuser:
+        """A Diffuser with the settings of the model, `settings` in their place, and its guide."""
+        guide = self.guide and self.guide.denoiser
+        options = {"guide": guide} | self.meta["sampling"] | settings
+        return sampler.get_diffuser(self.denoiser, **options)
+
+    def convert(self, change: Callable[[Denoiser], Denoiser]) -> "Model":
+        """The model with its denoiser changed, and its guide's likewise."""
+        guide = self.guide and self.guide.convert(change)
+        return self._replace(denoiser=change(self.denoiser), guide=guide)
+
+    def guided_by(self, guide: "Model | None") -> "Model":
+        """The model with another guide, or none.
+
+        Raises:
+            ValueError: if the guide is of other latents or texts.
+        """
+        for part in ("vae", "text_encoder", "std_latent", "mean_latent"):
+            if guide and guide.meta[part] != self.meta[part]:
+                raise ValueError(
+                    f"the guide belongs to other data: its {part} is {guide.meta[part]}, the "
+                    f"model's is {self.meta[part]}"
+                )
+        return self._replace(guide=guide)
 
 
 def load_model(
     folder: str | os.PathLike | None = None, step: str | int = "last", ema: float | None = None
 ) -> Model:
     """The averaged weights of a run's checkpoint, of an exported model, or the bundled ones.
+
+    An exported model in GUIDE, in the model's folder or the run's workdir, comes with it as its
+    guide.
 
     Args:
         folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None for
@@ -87,7 +119,9 @@ def load_model(
         np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
     )
     process = get_process(**meta["noising"])
-    return Model(Denoiser(network, variables, process), scale, meta)
+    model = Model(Denoiser(network, variables, process), scale, meta)
+    folder = (path.parent if path.name == "checkpoints" else path) / GUIDE
+    return model.guided_by(load_model(folder)) if folder.is_dir() else model
 
 
 def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
@@ -119,7 +153,8 @@ def export_model(
     """Writes a model as weights and META_FILE; the weights rounded as `rounding.pack` does.
 
     The weights are WEIGHTS_FILE, or several files that are named after it; META_FILE has the
-    SHA-256 of each. Running statistics stay float32, since their range is not bounded.
+    SHA-256 of each. Running statistics stay float32, since their range is not bounded. A guide is
+    written into GUIDE.
 
     Args:
         model: what is written.
@@ -136,6 +171,8 @@ def export_model(
     folder = Path(folder).expanduser()
     if (folder / META_FILE).exists():
         raise FileExistsError(f"{folder} already holds a model")
+    if model.guide:
+        export_model(model.guide, folder / GUIDE, dtype, file_bytes)
     tensors = {}
     for name, value in flatten_dict(model.denoiser.variables, sep="/").items():
         tensors |= rounding.pack(

@@ -14,7 +14,7 @@ import numpy as np
 from absl import app, flags
 from jaxtyping import UInt8
 
-from ldm_jax import models, sampler
+from ldm_jax import models
 from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import VAE, load_vae
 from ldm_jax.pictures import load_picture
@@ -48,8 +48,7 @@ def draw_examples(
 
     A CPU computes in float32, whatever the model's dtype: it has no fast bfloat16.
     """
-    denoiser = in_float32_on_cpu(model.denoiser)
-    diffuser = sampler.get_diffuser(denoiser, **model.meta["sampling"])
+    diffuser = model.convert(in_float32_on_cpu).get_diffuser()
     labels = cache.take(examples)["text_embeddings"]
     shape = cache.latent_shape
     latents = draw_latents(diffuser, labels, picture_seeds, shape, progress=True)

@@ -257,7 +257,7 @@ def sampling_curves(
     by_guidance = plan_guidance(sampling, guidance, guidance_evaluations, guidance_interval)
     curves = by_evaluations, by_guidance
     for settings in (s for c in curves for by_point in c.values() for s in by_point):
-        sampler.get_diffuser(model.denoiser, **settings)  # Raises before the long part.
+        model.get_diffuser(**settings)  # Raises before the long part.
     examinee = evaluate.load_examinee(
         model,
         checkpoint_folder,
@@ -274,7 +274,7 @@ def sampling_curves(
         "checkpoint": str(checkpoint_folder or "bundled"),
         "step": checkpoint_step,
         **({} if ema is None else {"ema": ema}),
-        "weights": digest_json(get_digests(model.denoiser.variables)),
+        "weights": _get_digest(model),
         "captions": digest_json({k: examinee.exam.captions(k) for k in known}),
         **examinee.told,
     }
@@ -283,6 +283,12 @@ def sampling_curves(
         examinee, curves, groups, out / "curves.json", told, batch_size, progress
     )
     return write_curves(out, points, by_evaluations, by_guidance, groups, told)
+
+
+def _get_digest(model):
+    """Of all weights that pictures are drawn with."""
+    own = get_digests(model.denoiser.variables)
+    return digest_json([own, _get_digest(model.guide)] if model.guide else own)
 
 
 def main(argv):

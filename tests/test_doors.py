@@ -233,6 +233,15 @@ def test_ways_to_walk_and_to_guide_change_the_picture_and_are_written_into_it(ro
         assert metadata.get("negative_prompt") == kind.get("negative_prompt")
         assert ("guide" in metadata) == (name == "guide")
     assert all(np.any(pictures[name] != pictures["plain"]) for name in list(kinds)[1:])
+    # Exported together, the guide is the model's own, unless there is to be none.
+    guide = models.load_model(root / "run", find_first_step(root))
+    folder = tmp_path / "guided"
+    models.export_model(models.load_model(root / "run").guided_by(guide), folder, "float32")
+    for name, kind, told in (("guide", {}, "its own"), ("plain", {"guide_folder": "none"}, None)):
+        options = {"checkpoint_folder": folder, "diffusion_steps": 4} | kind
+        path = sample.sample(["a red ellipse"], tmp_path / "again", **options)[0]
+        np.testing.assert_array_equal(Image.open(path), pictures[name])
+        assert read_png_metadata(path).get("guide") == told
 
 
 def test_a_guide_of_other_data_or_beside_a_negative_prompt_is_refused(root, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from test_quality import create_exam, export_tiny, write_pictures
 
 import evaluate
-from ldm_jax import quality, sampler, solvers
+from ldm_jax import models, quality, sampler, solvers
 from ldm_jax.latents import LatentScale
 from ldm_jax.metrics import Estimate
 from ldm_jax.report import to_json
@@ -39,7 +39,8 @@ def create_examinee():
     denoiser = jax.tree_util.Partial(lambda x_t, levels, labels: x_t * (0.5 + labels[0, 0] / 4))
     scale = LatentScale(np.ones(3, np.float32), np.zeros(3, np.float32))
     exam = exam._replace(seeds=seeds)
-    return evaluate.Examinee(denoiser, scale, (4, 4, 3), Fields(), None, exam, labels, {})
+    model = models.Model(denoiser, scale, {"sampling": {}})
+    return evaluate.Examinee(model, (4, 4, 3), Fields(), None, exam, labels, {})
 
 
 @pytest.mark.parametrize("name", [*solvers.METHODS, "ddim:angle", "heun:cube_root"])
