@@ -22,21 +22,28 @@ from configs import seed
 from encode import encode
 from evaluate import evaluate
 from ldm_jax.compiled import keep_compiled
+from ldm_jax.models import GUIDE, export_model, load_model
 from train import train
 
 
 class Row(NamedTuple):
-    """A change: its name in the table, and the keys of the config that it sets."""
+    """A change: its name in the table, the keys that it sets, and those of a guide's config.
+
+    With `guide` the pictures are guided by a weaker network, of the row's config with these keys.
+    """
 
     name: str
     changes: Mapping[str, Any]
+    guide: Mapping[str, Any] = {}
 
 
+MEASURED_STYLES = ("twemoji", "noto", "blob", "fluent-flat", "fluent-3d", "emojione")
 ROWS = (
     Row(
         "the original",
         {
             "data.source": "emoji",
+            "data.styles": MEASURED_STYLES,
             "encoders.vae": "bundled:emoji",
             "encoders.text": "use",
             "network.dtype": "bfloat16",
@@ -81,6 +88,18 @@ ROWS = (
     Row("style guided apart", {"sampling.style_guidance": 5.0}),
     Row("adaptive conditioning", {"network.conditioning": "adaptive"}),
     Row("velocity by squares", {"noising.target": "velocity", "training.loss": "mse"}),
+    Row("three styles to train on alone", {"data.styles": ()}),
+    Row("more weights", {"network.widths": (192, 320, 384), "network.dropout": 0.15}),
+    Row("moved pictures", {"training.translation": 0.5}),
+    Row(
+        "larger batch",
+        {"batch_size": 2048, "optimizer.learning_rate": 1.5e-3, "optimizer.warmup_steps": 1000},
+    ),
+    Row(
+        "guided by a weaker network",
+        {"sampling.class_guidance": 2.0, "sampling.style_guidance": 3.0},
+        {"steps": 1_200, "network.widths": (128, 160, 160), "optimizer.decay": "constant"},
+    ),
 )
 
 
@@ -140,10 +159,25 @@ def train_row(k: int, out: Path, minutes: float, probe_steps: int) -> Path:
     return folder / "run"
 
 
+def add_guide(k: int, out: Path, run: Path) -> None:
+    """Trains the guide of row k and lays it into the run that it is to guide."""
+    if (run / GUIDE).exists():
+        return
+    config, folder = get_config(k + 1), get_folder(out, k) / "guide"
+    config.update_from_flattened_dict(dict(ROWS[k].guide))
+    config.update({name: config.steps for name in ("eval_every", "sample_every", "save_every")})
+    train(config, folder)
+    export_model(load_model(folder), run / GUIDE)
+
+
 def run_row(k: int, out: Path, minutes: float, probe_steps: int, **settings: Any) -> None:
     """Measures row k into its folder; `settings` are those of `evaluate`."""
     run = train_row(get_trained(k), out, minutes, probe_steps)
     sampling = get_config(k + 1).sampling.to_dict()
+    if ROWS[k].guide:
+        add_guide(k, out, run)
+    else:
+        sampling["guide"] = None  # The run may have that of a later row.
     quality = get_folder(out, k) / "quality"
     evaluate(quality, checkpoint_folder=run, sampling=sampling, **settings)
 

@@ -1,11 +1,13 @@
-"""The recipe of the bundled weights: emoji of six styles, our own VAE, name and style apart.
+"""The recipe of the bundled weights: emoji of nine styles, our own VAE, name and style apart.
 
     python encode.py --config=configs/emoji.py
     python train.py --config=configs/emoji.py --workdir=runs/emoji
+    python train.py --config=configs/guide.py --workdir=runs/guide
+    python scripts/export_model.py runs/guide runs/emoji/guide
 
-8.2 M weights, as many as float16 leaves room for in 16 MiB; 30 000 steps take eight minutes
-on one NVIDIA H100 (JAX 0.11.2, 31 300 img/s). docs/quality.md has the figures by which it
-was chosen, docs/emoji.md what the weights draw.
+27.7 M weights, and 8.2 M of a guide; 17 500 steps take seven minutes on four NVIDIA H200s (JAX
+0.11.2, 85 500 img/s). docs/quality.md has the figures by which it was chosen, docs/emoji.md what
+the weights draw.
 """
 
 from configs import seed
@@ -13,8 +15,8 @@ from configs import seed
 
 def get_config():
     config = seed.get_config()
-    config.steps = 30_000
-    config.batch_size = 512
+    config.steps = 17_500
+    config.batch_size = 2_048
 
     config.data.source = "emoji"
     config.encoders.vae = "bundled:emoji"
@@ -24,14 +26,14 @@ def get_config():
     config.latents.deviations = 3.0
 
     config.network.block_depth = 2
-    config.network.widths = (128, 160, 160)
+    config.network.widths = (192, 320, 384)
     config.network.emb_size = 1024
     config.network.conditioning = "adaptive"
     config.network.norm = "group"
     config.network.heads = 4
     config.network.scaled = True
     config.network.key_fraction = 2
-    config.network.dropout = 0.1
+    config.network.dropout = 0.15
     config.network.dtype = "bfloat16"
 
     # Centred where noise is as strong as the latents, whose standard deviation is 1/3.
@@ -41,14 +43,15 @@ def get_config():
     config.noising.target = "velocity"
     config.training.loss = "mse"
 
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 500
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.warmup_steps = 1_000
     config.optimizer.decay = "cosine"
     config.optimizer.clip_norm = 1.0
+    config.training.translation = 0.5
     config.training.ema_decay = 0.9995
 
-    config.sampling.class_guidance = 3.0
-    config.sampling.style_guidance = 5.0
+    config.sampling.class_guidance = 2.0
+    config.sampling.style_guidance = 3.0
     config.sampling.mixture = "variance_preserving"
     config.sampling.method = "dpm_solver_pp_2m"
     config.sampling.schedule = "log_snr"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import ablation
-from configs import emoji
+from configs import emoji, guide
 
 # What a run is called and when it draws makes no difference to what it learns.
 FREE = {"steps", "sample_every", "captions"}
@@ -19,6 +19,15 @@ def test_every_default_of_the_recipe_is_in_a_row():
     recipe = emoji.get_config().to_dict()
     assert {k: v for k, v in built.items() if k not in FREE} == {
         k: v for k, v in recipe.items() if k not in FREE
+    }
+
+
+def test_the_last_rows_guide_is_that_of_the_recipe():
+    config = ablation.get_config(len(ablation.ROWS))
+    config.update_from_flattened_dict(dict(ablation.ROWS[-1].guide))
+    recipe = guide.get_config().to_dict()
+    assert {k: v for k, v in config.to_dict().items() if k not in FREE - {"steps"}} == {
+        k: v for k, v in recipe.items() if k not in FREE - {"steps"}
     }
 
 
@@ -60,7 +69,7 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(tmp_path, monkeypatc
     rows = (
         ablation.Row("tiny", tiny),
         ablation.Row("strong", {"sampling.class_guidance": 9.0}),
-        ablation.Row("group norm", {"network.norm": "group"}),
+        ablation.Row("guided", {"sampling.class_guidance": 2.0}, {"steps": 2}),
     )
     monkeypatch.setattr(ablation, "ROWS", rows)
     out = tmp_path / "out"
@@ -80,10 +89,19 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(tmp_path, monkeypatc
     assert [t["sampling"]["class_guidance"] for t in told] == [4.0, 9.0]
     assert told[0]["groups"]["cell"]["drawn"]["kid"] != told[1]["groups"]["cell"]["drawn"]["kid"]
 
+    # And with a guide; the rows before it draw without, whatever the run's folder holds by then.
+    ablation.run_row(2, out, 0.02, 8, **settings)
+    assert (run / "guide" / "meta.json").exists()
+    path = ablation.get_folder(out, 1) / ablation.DONE
+    before = path.read_bytes()
+    ablation.run_row(1, out, 0.02, 8, **settings)
+    again, drawn = json.loads(path.read_text()), json.loads(before)["groups"]["cell"]["drawn"]
+    assert again["groups"]["cell"]["drawn"] == drawn
+
     header, rule, *lines = ablation.format_table(out).splitlines()
     assert header.startswith("| change | steps | batch | training R@1 | cells R@1 |")
     assert [line.split(" | ")[:3] for line in lines] == [
-        [f"| {name}", str(steps), "16"] for name in ("tiny", "strong")
+        [f"| {name}", str(steps), "16"] for name in ("tiny", "strong", "guided")
     ]
     assert {line.count("|") for line in (header, rule, *lines)} == {header.count("|")}
     assert all("[" in line for line in lines)
@@ -94,4 +112,5 @@ def test_a_row_of_the_sampler_alone_draws_with_the_weights_before_it():
     trained = [ablation.get_trained(k) for k in range(len(names))]
     assert trained[names.index("guidance 3")] == names.index("log-normal noise levels")
     assert trained[names.index("style guided apart")] == names.index("name and style apart")
-    assert sum(k == trained[k] for k in range(len(names))) == len(names) - 4
+    assert trained[names.index("guided by a weaker network")] == names.index("larger batch")
+    assert sum(k == trained[k] for k in range(len(names))) == len(names) - 5

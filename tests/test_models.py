@@ -11,7 +11,7 @@ import tensorstore
 from safetensors.numpy import load_file
 from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, save_run
 
-from configs import emoji
+from configs import emoji, guide
 from ldm_jax import checkpoint, models, quality
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_meta
@@ -155,6 +155,35 @@ def test_one_digest_of_one_file_is_read_as_older_releases_wrote_it(tmp_path, run
         models.load_model(folder)
 
 
+def test_a_guide_is_exported_and_loaded_with_its_model(tmp_path, run_folder):
+    weaker, model = models.load_model(run_folder, 3), models.load_model(run_folder)
+    assert model.guide is None and model.get_diffuser().guide is None
+    folder = models.export_model(model.guided_by(weaker), tmp_path / "model")
+    assert models.load_model(folder / models.GUIDE).meta == weaker.meta
+    for expected, found in (
+        (model.guided_by(weaker), models.load_model(folder)),
+        (weaker, models.load_model(folder).guide),
+    ):
+        rounded = jax.tree.map(lambda x: np.float32(np.float16(x)), expected.denoiser.variables)
+        chex.assert_trees_all_equal(found.denoiser.variables["params"], rounded["params"])
+    model = models.load_model(folder)
+    diffuser = model.get_diffuser(diffusion_steps=5)
+    assert diffuser.guide is model.guide.denoiser and diffuser.diffusion_steps == 5
+    assert model.get_diffuser(guide=None).guide is None
+    changed = model.convert(lambda d: Denoiser(d.network, "w"))
+    assert [m.denoiser.variables for m in (changed, changed.guide)] == ["w", "w"]
+
+
+def test_a_guide_in_a_runs_workdir_is_its_own(tmp_path, state):
+    run = save_run(tmp_path, state, {3: 0.1, 5: 0.3})
+    models.export_model(models.load_model(run, 3), tmp_path / models.GUIDE)
+    for folder in (run, run / "checkpoints"):
+        assert models.load_model(folder).guide is not None
+    edit_meta(tmp_path / models.GUIDE, std_latent=2.5)
+    with pytest.raises(ValueError, match="the guide belongs to other data: its std_latent is 2.5"):
+        models.load_model(run)
+
+
 def test_weights_beyond_float16_are_not_exported(tmp_path, run_folder):
     model = models.load_model(run_folder)
     variables = jax.tree.map(lambda x: x * 1e6 + 1e6, model.denoiser.variables)
@@ -222,11 +251,12 @@ def test_a_flipped_bit_of_exported_weights_is_noticed(tmp_path, run_folder):
 def test_the_bundled_model_is_the_recipe_of_emoji():
     model, config = models.load_model(), emoji.get_config().to_dict()
     weights = sum(x.size for x in jax.tree.leaves(model.denoiser.variables))
-    assert round(weights / 1e6, 1) == 8.2  # As docs/emoji.md says.
-    said = json.loads(json.dumps(config))
-    assert {k: model.meta[k] for k in ("network", "noising", "sampling")} == {
-        k: said[k] for k in ("network", "noising", "sampling")
-    }
+    assert round(weights / 1e6, 1) == 27.7  # As docs/emoji.md says.
+    for part, recipe in ((model, config), (model.guide, guide.get_config().to_dict())):
+        said = json.loads(json.dumps(recipe))
+        assert {k: part.meta[k] for k in ("network", "noising", "sampling")} == {
+            k: said[k] for k in ("network", "noising", "sampling")
+        }
     assert model.meta["text_encoder"]["name"] == config["encoders"]["text"]
 
 
