@@ -22,7 +22,8 @@ from configs import seed
 from encode import encode
 from evaluate import evaluate
 from ldm_jax.compiled import keep_compiled
-from ldm_jax.models import GUIDE, export_model, load_model
+from ldm_jax.exports import GUIDE, export_model
+from ldm_jax.models import load_model
 from train import train
 
 

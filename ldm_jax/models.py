@@ -2,7 +2,7 @@
 
 A model's `meta` holds the network's fields, the encoders' identities, the scale of the latents and
 the sampler's settings, so that a checkpoint needs no other file and no flag to draw pictures. Of a
-run's checkpoint the averaged weights alone are read; `export_model` writes them as safetensors
+run's checkpoint the averaged weights alone are read; `ldm_jax.exports` writes them as safetensors
 beside a JSON file.
 """
 
@@ -15,18 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
-from ldm_jax import records, rounding, sampler, snapshots
+from ldm_jax import exports, records, sampler, snapshots
+from ldm_jax.exports import GUIDE, META_FILE, WEIGHTS_FILE
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_version
 from ldm_jax.noising import get_process
 from ldm_jax.sampler import Denoiser
-from ldm_jax.shards import file_digest
 from ldm_jax.unet import get_network
 
-WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
-GUIDE = "guide"  # folder of the guide, an exported model, in that of the model that it guides
 BUNDLED = Path(__file__).parent / "weights" / "emoji"
 
 
@@ -100,7 +98,7 @@ def load_model(
         if step != "last":
             raise ValueError(f"step must be 'last' for an exported model, got {step!r}")
         meta = json.loads((path / META_FILE).read_text())
-        variables = _read_weights(path, meta.pop("weights_sha256", None))
+        variables = exports.read_weights(path, meta.pop("weights_sha256", None))
     else:
         path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         step = _choose_step(path, step)
@@ -142,87 +140,6 @@ def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
             f"the one found here has {encoder.identity['sha256']}"
         )
     return encoder
-
-
-def export_model(
-    model: Model,
-    folder: str | os.PathLike,
-    dtype: str = "float16",
-    file_bytes: int | None = None,
-) -> Path:
-    """Writes a model as weights and META_FILE; the weights rounded as `rounding.pack` does.
-
-    The weights are WEIGHTS_FILE, or several files that are named after it; META_FILE has the
-    SHA-256 of each. Running statistics stay float32, since their range is not bounded. A guide is
-    written into GUIDE.
-
-    Args:
-        model: what is written.
-        folder: made if need be.
-        dtype: "float16", another floating dtype, or "int8": half the bytes of float16.
-        file_bytes: about how many a file has at most; None: all are in one.
-
-    Raises:
-        ValueError: if a weight is beyond the range of `dtype`.
-        FileExistsError: if the folder holds a model already.
-    """
-    from safetensors.numpy import save_file
-
-    folder = Path(folder).expanduser()
-    if (folder / META_FILE).exists():
-        raise FileExistsError(f"{folder} already holds a model")
-    if model.guide:
-        export_model(model.guide, folder / GUIDE, dtype, file_bytes)
-    tensors = {}
-    for name, value in flatten_dict(model.denoiser.variables, sep="/").items():
-        tensors |= rounding.pack(
-            name, np.asarray(value), dtype if name.startswith("params/") else "float32"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    files, digests = _divide(tensors, file_bytes), {}
-    for i, part in enumerate(files, 1):
-        ending = "" if len(files) == 1 else f"-{i}-of-{len(files)}"
-        path = folder / WEIGHTS_FILE.replace(".", f"{ending}.")
-        partial = path.with_suffix(".partial")
-        save_file(part, partial)
-        partial.replace(path)
-        digests[path.name] = file_digest(path)
-    # The meta file comes last: a folder that has one is whole.
-    meta = model.meta | {"weights_sha256": digests}
-    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
-    return folder
-
-
-def _divide(tensors: Mapping[str, np.ndarray], most: int | None) -> list[dict[str, np.ndarray]]:
-    """The tensors in order, in groups of at most that many bytes where none alone has more."""
-    groups, size = [{}], 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if most is not None and size > most and groups[-1]:
-            groups.append({})
-            size = tensor.nbytes
-        groups[-1][name] = tensor
-    return groups
-
-
-def _read_weights(folder: Path, digests: Mapping[str, str] | str | None) -> dict:
-    """Of all files that there are digests for; an older release wrote one file, and its digest."""
-    from safetensors.numpy import load_file
-
-    files = digests if isinstance(digests, Mapping) else {WEIGHTS_FILE: digests}
-    tensors = {}
-    for name, sha256 in files.items():
-        path = folder / name
-        try:
-            if sha256 is not None and sha256 != file_digest(path):
-                raise records.DamagedError(f"{path} differs from what was exported")
-            tensors |= load_file(path)
-        except Exception as error:
-            error.add_note(f"while reading {path}")
-            raise
-    variables = unflatten_dict(rounding.unpack(tensors), sep="/")
-    variables.setdefault("batch_stats", {})
-    return jax.tree.map(jax.numpy.asarray, variables)
 
 
 def _choose_step(folder: Path, step: str | int) -> int:

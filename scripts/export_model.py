@@ -8,7 +8,8 @@ With --ema they are an average of that sigma_rel, made of the run's snapshots up
 
 import argparse
 
-from ldm_jax.models import export_model, load_model
+from ldm_jax.exports import export_model
+from ldm_jax.models import load_model
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("run", help="a workdir of train.py")

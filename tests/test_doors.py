@@ -14,7 +14,7 @@ import encode
 import sample
 import train
 from configs import tiny
-from ldm_jax import checkpoint, models
+from ldm_jax import checkpoint, exports, models
 from ldm_jax.data import open_cache
 from ldm_jax.plotting import read_png_metadata
 
@@ -236,7 +236,7 @@ def test_ways_to_walk_and_to_guide_change_the_picture_and_are_written_into_it(ro
     # Exported together, the guide is the model's own, unless there is to be none.
     guide = models.load_model(root / "run", find_first_step(root))
     folder = tmp_path / "guided"
-    models.export_model(models.load_model(root / "run").guided_by(guide), folder, "float32")
+    exports.export_model(models.load_model(root / "run").guided_by(guide), folder, "float32")
     for name, kind, told in (("guide", {}, "its own"), ("plain", {"guide_folder": "none"}, None)):
         options = {"checkpoint_folder": folder, "diffusion_steps": 4} | kind
         path = sample.sample(["a red ellipse"], tmp_path / "again", **options)[0]
@@ -250,7 +250,7 @@ def test_a_guide_of_other_data_or_beside_a_negative_prompt_is_refused(root, tmp_
         sample.sample(["a"], tmp_path, negative_prompt="b", **options)
     model = models.load_model(root / "run")
     model.meta["std_latent"] = 2.0
-    models.export_model(model, tmp_path / "model")
+    exports.export_model(model, tmp_path / "model")
     options["guide_folder"] = tmp_path / "model"
     with pytest.raises(ValueError, match="belongs to other data: its std_latent is 2.0"):
         sample.sample(["a"], tmp_path, **options)
@@ -349,6 +349,6 @@ def test_prompts_that_cannot_be_drawn_are_refused(root, tmp_path, prompts, messa
 def test_another_vae_than_the_trainings_is_refused(root, tmp_path):
     model = models.load_model(root / "run")
     model.meta["vae"]["sha256"] = "00"
-    models.export_model(model, tmp_path / "model")
+    exports.export_model(model, tmp_path / "model")
     with pytest.raises(ValueError, match="was trained with bundled:emoji of digest 00"):
         sample.sample(["a"], tmp_path / "out", checkpoint_folder=tmp_path / "model")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from states import FIELDS, NOISING, SCALE, at_step, create_meta, create_state, save_run
 
 from configs import emoji, guide
-from ldm_jax import checkpoint, models, quality
+from ldm_jax import checkpoint, exports, models, quality
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import check_meta
 from ldm_jax.noising import get_process
@@ -75,7 +75,7 @@ def test_a_model_knows_what_its_network_puts_out(tmp_path, state):
         checkpoint.save_checkpoint(manager, state, create_meta(noising=noising))
     model = models.load_model(tmp_path / "run")
     assert model.denoiser.process == get_process(**noising)
-    model = models.load_model(models.export_model(model, tmp_path / "model"))
+    model = models.load_model(exports.export_model(model, tmp_path / "model"))
     assert model.denoiser.process == get_process(**noising)
 
 
@@ -96,7 +96,7 @@ def test_a_model_is_loaded_from_a_run_with_its_averaged_weights(run_folder, stat
 
 
 def test_an_exported_model_is_the_weights_rounded_to_float16(tmp_path, run_folder, state):
-    folder = models.export_model(models.load_model(run_folder), tmp_path / "model")
+    folder = exports.export_model(models.load_model(run_folder), tmp_path / "model")
     model = models.load_model(folder)
     rounded = jax.tree.map(
         lambda x: np.asarray(x).astype(np.float16).astype(np.float32),
@@ -105,16 +105,16 @@ def test_an_exported_model_is_the_weights_rounded_to_float16(tmp_path, run_folde
     chex.assert_trees_all_equal(model.denoiser.variables["params"], rounded)
     chex.assert_trees_all_equal(model.denoiser.variables["batch_stats"], state.ema_batch_stats)
     assert model.meta == create_meta()
-    stored = load_file(folder / models.WEIGHTS_FILE)
+    stored = load_file(folder / exports.WEIGHTS_FILE)
     assert {v.dtype for k, v in stored.items() if k.startswith("params/")} == {np.dtype("float16")}
 
 
 def test_a_model_in_eight_bits_draws_nearly_as_before(tmp_path):
     model = models.load_model()
     halves, bytes_ = (
-        models.export_model(model, tmp_path / dtype, dtype) for dtype in ("float16", "int8")
+        exports.export_model(model, tmp_path / dtype, dtype) for dtype in ("float16", "int8")
     )
-    sizes = [(f / models.WEIGHTS_FILE).stat().st_size for f in (halves, bytes_)]
+    sizes = [(f / exports.WEIGHTS_FILE).stat().st_size for f in (halves, bytes_)]
     assert sizes[1] < 0.52 * sizes[0]
     denoisers = [models.load_model(folder).denoiser for folder in (halves, bytes_)]
     rng = np.random.default_rng(0)
@@ -130,9 +130,9 @@ def test_a_model_in_eight_bits_draws_nearly_as_before(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_weights_in_several_files_are_those_in_one(tmp_path, run_folder, dtype):
     model = models.load_model(run_folder)
-    one = models.export_model(model, tmp_path / "one", dtype)
-    whole = (one / models.WEIGHTS_FILE).stat().st_size
-    several = models.export_model(model, tmp_path / "several", dtype, file_bytes=whole // 2)
+    one = exports.export_model(model, tmp_path / "one", dtype)
+    whole = (one / exports.WEIGHTS_FILE).stat().st_size
+    several = exports.export_model(model, tmp_path / "several", dtype, file_bytes=whole // 2)
     paths = sorted(several.glob("*.safetensors"))
     names = [f"denoiser-{i}-of-{len(paths)}.safetensors" for i in range(1, len(paths) + 1)]
     assert len(paths) > 1 and [path.name for path in paths] == names
@@ -146,8 +146,8 @@ def test_weights_in_several_files_are_those_in_one(tmp_path, run_folder, dtype):
 
 
 def test_one_digest_of_one_file_is_read_as_older_releases_wrote_it(tmp_path, run_folder):
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
-    [digest] = json.loads((folder / models.META_FILE).read_text())["weights_sha256"].values()
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
+    [digest] = json.loads((folder / exports.META_FILE).read_text())["weights_sha256"].values()
     edit_meta(folder, weights_sha256=digest)
     assert models.load_model(folder).meta == create_meta()
     edit_meta(folder, weights_sha256=digest[::-1])
@@ -158,8 +158,8 @@ def test_one_digest_of_one_file_is_read_as_older_releases_wrote_it(tmp_path, run
 def test_a_guide_is_exported_and_loaded_with_its_model(tmp_path, run_folder):
     weaker, model = models.load_model(run_folder, 3), models.load_model(run_folder)
     assert model.guide is None and model.get_diffuser().guide is None
-    folder = models.export_model(model.guided_by(weaker), tmp_path / "model")
-    assert models.load_model(folder / models.GUIDE).meta == weaker.meta
+    folder = exports.export_model(model.guided_by(weaker), tmp_path / "model")
+    assert models.load_model(folder / exports.GUIDE).meta == weaker.meta
     for expected, found in (
         (model.guided_by(weaker), models.load_model(folder)),
         (weaker, models.load_model(folder).guide),
@@ -176,10 +176,10 @@ def test_a_guide_is_exported_and_loaded_with_its_model(tmp_path, run_folder):
 
 def test_a_guide_in_a_runs_workdir_is_its_own(tmp_path, state):
     run = save_run(tmp_path, state, {3: 0.1, 5: 0.3})
-    models.export_model(models.load_model(run, 3), tmp_path / models.GUIDE)
+    exports.export_model(models.load_model(run, 3), tmp_path / exports.GUIDE)
     for folder in (run, run / "checkpoints"):
         assert models.load_model(folder).guide is not None
-    edit_meta(tmp_path / models.GUIDE, std_latent=2.5)
+    edit_meta(tmp_path / exports.GUIDE, std_latent=2.5)
     with pytest.raises(ValueError, match="the guide belongs to other data: its std_latent is 2.5"):
         models.load_model(run)
 
@@ -189,15 +189,15 @@ def test_weights_beyond_float16_are_not_exported(tmp_path, run_folder):
     variables = jax.tree.map(lambda x: x * 1e6 + 1e6, model.denoiser.variables)
     model = model._replace(denoiser=Denoiser(model.denoiser.network, variables))
     with pytest.raises(ValueError, match="beyond the range of float16"):
-        models.export_model(model, tmp_path / "model")
+        exports.export_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 def test_an_exported_model_is_not_overwritten(tmp_path, run_folder):
     model = models.load_model(run_folder)
-    models.export_model(model, tmp_path)
+    exports.export_model(model, tmp_path)
     with pytest.raises(FileExistsError, match="already holds a model"):
-        models.export_model(model, tmp_path)
+        exports.export_model(model, tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
@@ -208,27 +208,27 @@ def test_a_folder_without_a_model_is_refused(tmp_path):
 
 
 def edit_meta(folder, **changes):
-    path = folder / models.META_FILE
+    path = folder / exports.META_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_a_newer_format_is_refused(tmp_path, run_folder):
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
     edit_meta(folder, format_version=99)
     with pytest.raises(ValueError, match="format version 99"):
         models.load_model(folder)
 
 
 def test_weights_of_another_network_are_refused(tmp_path, run_folder):
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
     edit_meta(folder, network={**FIELDS, "widths": (8, 24)})
     with pytest.raises(ValueError, match=r"do not fit .* first at .*needed \(.*got \("):
         models.load_model(folder)
 
 
 def test_truncated_weights_are_named(tmp_path, run_folder):
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
-    path = folder / models.WEIGHTS_FILE
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
+    path = folder / exports.WEIGHTS_FILE
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(DamagedError, match=f"{path} differs from what was exported"):
         models.load_model(folder)
@@ -239,8 +239,8 @@ def test_truncated_weights_are_named(tmp_path, run_folder):
 
 
 def test_a_flipped_bit_of_exported_weights_is_noticed(tmp_path, run_folder):
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
-    path = folder / models.WEIGHTS_FILE
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
+    path = folder / exports.WEIGHTS_FILE
     content = bytearray(path.read_bytes())
     content[-3] ^= 16
     path.write_bytes(content)
@@ -262,7 +262,7 @@ def test_the_bundled_model_is_the_recipe_of_emoji():
 
 def test_a_model_of_format_version_1_is_read(tmp_path, run_folder):
     model = models.load_model(run_folder)
-    folder = models.export_model(model, tmp_path)  # Its meta lacks what version 1 did not have.
+    folder = exports.export_model(model, tmp_path)  # Its meta lacks what version 1 did not have.
     edit_meta(folder, format_version=1)
     old = models.load_model(folder)
     assert old.meta["format_version"] == 1 and old.denoiser.process.target == "x_zero"
@@ -282,7 +282,7 @@ def test_a_step_that_is_not_there_is_refused(run_folder, tmp_path):
         models.load_model(run_folder, 4)
     with pytest.raises(ValueError, match="'last', 'best' or a number, got 'first'"):
         models.load_model(run_folder, "first")
-    folder = models.export_model(models.load_model(run_folder), tmp_path)
+    folder = exports.export_model(models.load_model(run_folder), tmp_path)
     with pytest.raises(ValueError, match="step must be 'last' for an exported model, got 'best'"):
         models.load_model(folder, "best")
 

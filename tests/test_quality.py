@@ -10,7 +10,7 @@ import stand_ins
 from PIL import Image
 
 import evaluate
-from ldm_jax import models, quality, report
+from ldm_jax import exports, models, quality, report
 from ldm_jax.data import open_cache
 from ldm_jax.features import Extractor, Reference, get_thumbnails
 from ldm_jax.latents import LatentScale
@@ -189,7 +189,7 @@ def export_tiny(folder, text_encoder):
     """Random weights of a small network for 64-pixel pictures, with the bundled autoencoder."""
     import jax
 
-    meta = json.loads((models.BUNDLED / models.META_FILE).read_text())
+    meta = json.loads((models.BUNDLED / exports.META_FILE).read_text())
     [width] = text_encoder.shape
     style_guidance = 5.0 if text_encoder.name == "use-parts" else 0.0
     fields = dict(latent_image_size=8, block_depth=1, emb_size=width, widths=(16, 32), norm="group")
@@ -208,7 +208,7 @@ def export_tiny(folder, text_encoder):
         embedding_shape=(width,),
     )
     variables = {"params": variables["params"], "batch_stats": {}}
-    return models.export_model(models.Model(Denoiser(network, variables), scale, meta), folder)
+    return exports.export_model(models.Model(Denoiser(network, variables), scale, meta), folder)
 
 
 def test_a_picture_does_not_depend_on_the_batches_it_is_drawn_in():
