@@ -72,7 +72,7 @@ def sample(
     negative_prompts = [] if negative_prompt is None else [negative_prompt]
     for prompt in [*prompts, *negative_prompts]:
         check_prompt(prompt)
-    if guide_folder is not None and negative_prompts:
+    if guide_folder not in (None, NO_GUIDE) and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     if guide_folder == NO_GUIDE or negative_prompts:

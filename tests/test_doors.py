@@ -242,6 +242,10 @@ def test_ways_to_walk_and_to_guide_change_the_picture_and_are_written_into_it(ro
         path = sample.sample(["a red ellipse"], tmp_path / "again", **options)[0]
         np.testing.assert_array_equal(Image.open(path), pictures[name])
         assert read_png_metadata(path).get("guide") == told
+    # Without a guide there is room for a negative prompt.
+    options = {"checkpoint_folder": folder, "diffusion_steps": 4, "guide_folder": "none"}
+    path = sample.sample(["a red ellipse"], tmp_path / "n", **options, **kinds["negative"])[0]
+    np.testing.assert_array_equal(Image.open(path), pictures["negative"])
 
 
 def test_a_guide_of_other_data_or_beside_a_negative_prompt_is_refused(root, tmp_path):
