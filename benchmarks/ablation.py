@@ -22,6 +22,7 @@ from configs import seed
 from encode import encode
 from evaluate import evaluate
 from ldm_jax.compiled import keep_compiled
+from ldm_jax.emoji_styles import DEFAULT_STYLES, STYLES
 from ldm_jax.exports import GUIDE, export_model
 from ldm_jax.models import load_model
 from train import train
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     guide: Mapping[str, Any] = {}
 
 
-MEASURED_STYLES = ("twemoji", "noto", "blob", "fluent-flat", "fluent-3d", "emojione")
+MEASURED_STYLES = tuple(key for key in DEFAULT_STYLES if STYLES[key].measured)
 ROWS = (
     Row(
         "the original",
