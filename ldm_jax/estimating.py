@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ldm_jax import folding, kernels, normed
+from ldm_jax import folding, kernels, normed, tiles
 from ldm_jax.attention import attend
 from ldm_jax.blocks import sinusoidal_embedding, upsample
 from ldm_jax.folding import Affine, FoldedUNet, FoldedUnit
@@ -88,25 +88,6 @@ def _run(
         for unit in block:
             x = run_unit(unit, x, skips.pop())
     return _multiply(x.astype(jnp.float32), folded.conv_out)
-
-
-@jax.custom_vjp
-def _run_by_either(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
-    """`_run` by kernels, which have no gradients: where one is asked for, XLA runs all of it."""
-    return _run_by_platform(folded, x, vectors)
-
-
-@jax.jit  # Otherwise a call outside jit would ask for the default device, not for the arrays'.
-def _run_by_platform(folded: FoldedUNet, x: Array, vectors: Float[Array, "k n v"]) -> Array:
-    """`_run` by kernels in a program for CUDA, by XLA in any other."""
-    by_kernels, by_xla = partial(_run, BY_KERNELS), partial(_run, BY_XLA)
-    return jax.lax.platform_dependent(folded, x, vectors, cuda=by_kernels, default=by_xla)
-
-
-_run_by_either.defvjp(
-    lambda *inputs: jax.vjp(partial(_run, BY_XLA), *inputs),
-    lambda backward, gradient: backward(gradient),
-)
 
 
 def _multiply(x: Array, affine: Affine) -> Array:
@@ -191,6 +172,7 @@ def _attend_by_kernel(
 
 BY_XLA = Operations(_residual_block, _attend, upsample)
 BY_KERNELS = Operations(_residual_block_by_kernels, _attend_by_kernel, kernels.upsample)
+_run_by_either = tiles.choose(partial(_run, BY_KERNELS), partial(_run, BY_XLA))
 
 
 def _pool(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:

@@ -6,7 +6,7 @@ alone, a kernel takes the largest away six times: 0.6 of 95 ms of 70 steps (docs
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def get_ranks(x: Float[Array, "b n"], k: int) -> tuple[Float[Array, " b"], Float
     n = x.shape[1]
     fits = k <= MOST_ROUNDS and n & (n - 1) == 0 and 32 <= n <= MOST_NUMBERS
     if fits and x.dtype == jnp.float32 and tiles.are_possible():
-        return _by_either(x, k)
+        return _by_either(k)(x)
     return _by_xla(x, k)
 
 
@@ -41,23 +41,9 @@ def _by_xla(x, k):
     return largest[:, -1], largest[:, max(k - 2, 0)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _by_either(x, k):
-    """By the kernel, which has no gradient: where one is asked for, XLA finds the numbers."""
-    return _by_platform(x, k)
-
-
-@partial(jax.jit, static_argnums=1)  # Outside jit the default device would count, not the array's.
-def _by_platform(x, k):
-    """By the kernel in a program for CUDA, by XLA in any other."""
-    kernel, xla = partial(by_kernel, k=k), partial(_by_xla, k=k)
-    return jax.lax.platform_dependent(x, cuda=kernel, default=xla)
-
-
-_by_either.defvjp(
-    lambda x, k: jax.vjp(partial(_by_xla, k=k), x),
-    lambda k, backward, gradient: backward(gradient),
-)
+@cache
+def _by_either(k):
+    return tiles.choose(partial(by_kernel, k=k), partial(_by_xla, k=k))
 
 
 def by_kernel(x: Float[Array, "b n"], k: int) -> tuple[Float[Array, " b"], Float[Array, " b"]]:

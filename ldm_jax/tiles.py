@@ -1,6 +1,7 @@
 """What kernels in Pallas have in common: a block of threads works out a tile of an array."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,6 +25,29 @@ def are_possible() -> bool:
         return False
     capabilities = [str(getattr(device, "compute_capability", "")) for device in jax.devices()]
     return all(capability.startswith("9.") for capability in capabilities)
+
+
+def choose(by_kernels: Callable, by_xla: Callable) -> Callable:
+    """`by_kernels` in a program for CUDA; `by_xla` in any other, and where gradients are asked for.
+
+    Args:
+        by_kernels: arrays => arrays, without a gradient.
+        by_xla: the same in JAX's own operations.
+    """
+
+    @jax.jit  # Otherwise a call outside jit would ask for the default device, not for the arrays'.
+    def run_by_platform(*inputs):
+        return jax.lax.platform_dependent(*inputs, cuda=by_kernels, default=by_xla)
+
+    @jax.custom_vjp
+    def run(*inputs):
+        return run_by_platform(*inputs)
+
+    run.defvjp(
+        lambda *inputs: jax.vjp(by_xla, *inputs),
+        lambda backward, gradient: backward(gradient),
+    )
+    return run
 
 
 def interpret() -> bool:
