@@ -25,6 +25,7 @@ from ldm_jax import (
     forecast,
     hosts,
     power_ema,
+    records,
     sampler,
     sharding,
     snapshots,
@@ -42,6 +43,7 @@ from ldm_jax.packing import pack_state, unpack
 from ldm_jax.plotting import save_grid
 from ldm_jax.preemption import watch_preemption
 from ldm_jax.profiling import StepWindow
+from ldm_jax.programs import KeptProgram
 from ldm_jax.runlog import RunLog
 from ldm_jax.text import check_parts, load_text_encoder
 from ldm_jax.unet import get_network
@@ -114,16 +116,22 @@ def _train(config, workdir, profile, preempted):
         state = training.create_train_state(key, network, optimizer, *shapes)
         return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
-    shapes = jax.eval_shape(create_state, init_key)
-    placed = sharding.place_shapes(mesh, shapes)
-    state = checkpoint.restore_checkpoint(manager, placed, meta)
+    # A program that was compiled before by the same code for the same settings is taken from there.
+    made_from = {"config": settings, "model": meta, "door": Path(__file__).read_text()}
+    keep = partial(KeptProgram, mesh=mesh, identity=made_from)
+    train_step = keep(train_step)
+    state = None
+    if records.list_steps(manager.directory):
+        placed = sharding.place_shapes(mesh, jax.eval_shape(create_state, init_key))
+        state = checkpoint.restore_checkpoint(manager, placed, meta)
     if state is None:
-        state = sharding.create_placed(mesh, create_state, init_key)
+        state = keep(sharding.compile_creation(create_state, mesh))(init_key)
     start = int(state.step)
     if leader:
         (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         if mesh.shape["fsdp"] > 1:
-            print(sharding.describe_shardings(unpack(placed.params)))
+            shapes = unpack(sharding.place_shapes(mesh, state.params))
+            print(sharding.describe_shardings(shapes))
         print(
             f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
             f"{cache.num_examples('train')} training examples, "

@@ -5,7 +5,8 @@
 
 Each process imports the library, builds the network of the config, and trains as train.py does, on
 a synthetic batch. The first one finds JAX's persistent compilation cache empty and fills it
-(JAX_COMPILATION_CACHE_DIR); the others find what they need in there. Prints a markdown table:
+(JAX_COMPILATION_CACHE_DIR); the others find what they need in there, whole programs included
+(ldm_jax/programs.py). Prints a markdown table:
 
     import       JAX and the library
     set-up       the devices' start, network, batch
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ def measure(config: Any, batch_size: int) -> dict[str, float]:
     from ldm_jax import feed, noising, sharding, training
     from ldm_jax.latents import LatentScale
     from ldm_jax.packing import pack_state
+    from ldm_jax.programs import KeptProgram
     from ldm_jax.unet import get_network
 
     def mark(done=None):
@@ -77,7 +80,9 @@ def measure(config: Any, batch_size: int) -> dict[str, float]:
         return pack_state(training.create_train_state(key, network, optimizer, *shapes))
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state = sharding.create_placed(mesh, create_state, init_key)
+    keep = partial(KeptProgram, mesh=mesh, identity=settings)
+    train_step = keep(train_step)
+    state = keep(sharding.compile_creation(create_state, mesh))(init_key)
     mark(state)
     for _ in range(2):
         state, metrics = train_step(state, step_key, batch)
@@ -109,7 +114,7 @@ def measure_fresh(arguments: list[str], cache: Path) -> dict[str, float]:
 def run(arguments: list[str], cache: Path, repeats: int = 1) -> dict[str, dict[str, float]]:
     """Measures one cold process and `repeats` warm ones (medians), and prints the table."""
     cold = measure_fresh(arguments, cache)
-    entries = len(list(cache.iterdir()))
+    entries = sum(path.is_file() for path in cache.rglob("*"))
     warm = [measure_fresh(arguments, cache) for _ in range(repeats)]
     medians = {phase: statistics.median(found[phase] for found in warm) for phase in PHASES}
     print(f"| cache | {' | '.join(PHASES)} |\n|---|{'---:|' * len(PHASES)}")

@@ -60,7 +60,7 @@ def train(layout: str, parallelism: str, steps: int) -> dict[str, np.ndarray]:
         state = training.create_train_state(key, network, optimizer, (8, 8, 4), (6,))
         return pack_state(state)
 
-    state = sharding.create_placed(mesh, create, jax.random.key(0))
+    state = sharding.compile_creation(create, mesh)(jax.random.key(0))
     train_step = training.get_train_step(
         network, optimizer, LatentScale(2.0), mesh=mesh, parallelism=parallelism
     )

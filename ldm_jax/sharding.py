@@ -101,18 +101,23 @@ def get_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
 
 
-def create_placed(
-    mesh: Mesh | None, create: Callable[[PRNGKeyArray], Any], rng: PRNGKeyArray
-) -> Any:
-    """create(rng), jitted, with each array made where `get_shardings` places it.
+def compile_creation(
+    create: Callable[[PRNGKeyArray], Any], mesh: Mesh | None
+) -> Callable[[PRNGKeyArray], Any]:
+    """Compiles state = create(rng), with each array made where `get_shardings` places it.
 
     Args:
+        create: key, consumed => a train state.
         mesh: of `get_mesh`; None leaves it to JAX.
-        create: key => a train state.
-        rng: key, consumed.
     """
-    shardings = None if mesh is None else get_shardings(mesh, jax.eval_shape(create, rng))
-    return jax.jit(create, out_shardings=shardings)(rng)
+    if mesh is None:
+        return jax.jit(create)
+
+    def create_in_place(rng):
+        state = create(rng)
+        return jax.lax.with_sharding_constraint(state, get_shardings(mesh, state))
+
+    return jax.jit(create_in_place)
 
 
 def place_shapes(mesh: Mesh, tree: Any) -> Any:

@@ -51,7 +51,7 @@ def step_once(
         state.params["conv_out"]["kernel"] += 0.1
         return state
 
-    state = sharding.create_placed(mesh, create, jax.random.key(0))
+    state = sharding.compile_creation(create, mesh)(jax.random.key(0))
     step = get_train_step(
         network,
         optimizer,

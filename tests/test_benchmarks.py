@@ -42,7 +42,8 @@ def test_compile_time_measures_a_cold_and_a_warm_process(tmp_path):
         assert all(seconds[phase] > 0 for phase in ("import", "init", "first step", "total"))
         parts = ("import", "set-up", "init", "first step")
         assert seconds["total"] == pytest.approx(sum(map(seconds.get, parts)), abs=0.03)
-    assert any("create_state" in path.name for path in cache.iterdir())
+    assert any("create_in_place" in path.name for path in cache.iterdir())
+    assert len(list((cache / "programs").iterdir())) == 2  # The initial state's and the step's.
 
 
 @pytest.mark.slow

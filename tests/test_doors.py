@@ -98,6 +98,19 @@ def test_resume_equals_an_uninterrupted_run(root, whole):
     chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
 
 
+def test_the_next_run_takes_the_compiled_step_without_tracing_it(root, whole, tmp_path):
+    class Untraced:
+        __name__ = "step_in_place"
+
+        def lower(self, *args):
+            raise AssertionError("the step was traced")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.training, "get_train_step", lambda *args, **settings: Untraced())
+        state = train.train(get_config(root), tmp_path / "again")
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(whole))
+
+
 def stop_at(step, config, workdir):
     """Trains, and interrupts as Ctrl-C would when the line of `step` is logged."""
 

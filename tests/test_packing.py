@@ -153,7 +153,7 @@ def train(prepare, mesh, fields, optimizer, **options):
     def create(key):
         return prepare(create_state(key, network, optimizer, (0.1,)))
 
-    state = sharding.create_placed(mesh, create, jax.random.key(0))
+    state = sharding.compile_creation(create, mesh)(jax.random.key(0))
     step = get_train_step(network, optimizer, LatentScale(2.0), mesh=mesh, **options)
     evaluate = get_eval_step(network, LatentScale(2.0), mesh=mesh)
     found = []
@@ -221,7 +221,7 @@ def test_a_restored_packed_state_lies_where_a_fresh_one_does_and_compiles_nothin
     def create(key):
         return pack_state(create_state(key, network, optimizer, (0.1,)))
 
-    fresh = sharding.create_placed(mesh, create, jax.random.key(0))
+    fresh = sharding.compile_creation(create, mesh)(jax.random.key(0))
     places = sharding.get_shardings(mesh, fresh)
     assert any("fsdp" in place.spec for place in jax.tree.leaves(places))
     step = get_train_step(network, optimizer, LatentScale(2.0), mesh=mesh)

@@ -150,7 +150,7 @@ class Run:
             state = training.create_train_state(key, network, optimizer, (8, 8, 4), (6,))
             return power_ema.add_averages(state, sigma_rels)
 
-        state = sharding.create_placed(mesh, create, jax.random.key(0))
+        state = sharding.compile_creation(create, mesh)(jax.random.key(0))
         state.params["conv_out"]["kernel"] += 0.1  # Zero, it would keep all others still.
         self.step = training.get_train_step(network, optimizer, LatentScale(2.0), mesh=mesh)
         self.states = []

@@ -53,7 +53,7 @@ class Run:
         def create(key):
             return create_train_state(key, network, optimizer, (8, 8, 4), (6,))
 
-        state = sharding.create_placed(mesh, create, jax.random.key(0))
+        state = sharding.compile_creation(create, mesh)(jax.random.key(0))
         # The last layer starts at zero, which would keep all others still.
         state.params["conv_out"]["kernel"] += 0.1
         self.start = jax.device_get(state.params)
