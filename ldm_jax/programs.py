@@ -10,9 +10,9 @@ import json
 import os
 import pickle
 import platform
-import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +137,15 @@ def _load(path: Path, mesh: Mesh) -> Callable | None:
 
 def _save(path, program):
     """Writes a program beside others; a warning if that is not possible."""
+    part = path.with_suffix(f".{os.getpid()}")
     try:
         content = pickle.dumps(serialize_executable.serialize(program))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            whole = Path(scratch, path.name)
-            whole.write_bytes(hashlib.sha256(content).digest() + content)
-            os.replace(whole, path)
+        try:
+            part.write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
         _drop_oldest(path.parent)
     except Exception as error:  # As above, of programs that cannot be written down; a full disk.
         reason = " ".join(str(error).split())[:200]
@@ -151,10 +153,14 @@ def _save(path, program):
 
 
 def _drop_oldest(folder):
-    """Leaves the programs used last, of MAX_BYTES together."""
-    files = sorted(folder.glob("*.program"), key=os.path.getmtime, reverse=True)
+    """Leaves the files used last, of MAX_BYTES together: programs, and parts that a kill left."""
+    found = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # Another process drops files as well.
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
     total = 0
-    for file in files:
-        total += file.stat().st_size
+    for _, size, path in sorted(found, reverse=True):
+        total += size
         if total > MAX_BYTES:
-            file.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
