@@ -48,6 +48,10 @@ from ldm_jax.runlog import RunLog
 from ldm_jax.text import check_parts, load_text_encoder
 from ldm_jax.unet import get_network
 
+SOURCE = Path(__file__).read_text()
+# Parts of a config that the initial state and the training step depend on.
+IN_PROGRAMS = "network", "noising", "optimizer", "training", "sharding", "power_ema", "steps"
+
 
 def train(config: Any, workdir: str | Path, profile: str = "") -> training.TrainState:
     """Runs `config` up to its last step, from the newest checkpoint in `workdir` if there is one.
@@ -116,8 +120,10 @@ def _train(config, workdir, profile, preempted):
         state = training.create_train_state(key, network, optimizer, *shapes)
         return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
-    # A program that was compiled before by the same code for the same settings is taken from there.
-    made_from = {"config": settings, "model": meta, "door": Path(__file__).read_text()}
+    # Programs that were compiled before, by the same code for the same settings, are taken again.
+    made_from = {name: settings[name] for name in IN_PROGRAMS}
+    made_from |= {"scale": [meta["std_latent"], meta["mean_latent"]], "door": SOURCE}
+    made_from |= {"shapes": [cache.latent_shape, cache.embedding_shape]}
     keep = partial(KeptProgram, mesh=mesh, identity=made_from)
     train_step = keep(train_step)
     state = None

@@ -80,7 +80,7 @@ def measure(config: Any, batch_size: int) -> dict[str, float]:
         return pack_state(training.create_train_state(key, network, optimizer, *shapes))
 
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    keep = partial(KeptProgram, mesh=mesh, identity=settings)
+    keep = partial(KeptProgram, mesh=mesh, identity=[settings, Path(__file__).read_text()])
     train_step = keep(train_step)
     state = keep(sharding.compile_creation(create_state, mesh))(init_key)
     mark(state)

@@ -50,8 +50,8 @@ def keep_compiled() -> str:
 def _describe(folder):
     if "://" in folder:
         return f"compiled programs are kept in {folder}"
-    # Another process may be removing files.
-    sizes = [os.path.getsize(p) for p in Path(folder).rglob("*") if os.path.isfile(p)]
+    # Another process may be removing files. What programs.py keeps has a limit of its own.
+    sizes = [os.path.getsize(p) for p in Path(folder).glob("*") if os.path.isfile(p)]
     limit = jax.config.values["jax_compilation_cache_max_size"]
     most = "" if limit < 0 else f" of at most {limit / 1e6:.0f}"
     return f"compiled programs are kept in {folder}: {sum(sizes) / 1e6:.1f} MB{most}"

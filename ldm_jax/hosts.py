@@ -145,7 +145,8 @@ def check_agreement(**parts: Any) -> None:
 def describe_code(*doors: Path) -> dict[str, str]:
     """Versions of what the numbers depend on, and a digest of this package's source."""
     sources = sorted(Path(__file__).parent.glob("*.py")) + sorted(doors)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources]
+    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return {name: metadata.version(name) for name in PACKAGES} | {"source_sha256": digest}
 
 

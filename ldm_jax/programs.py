@@ -10,9 +10,11 @@ import json
 import os
 import pickle
 import platform
+import secrets
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +22,46 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding
 
-from ldm_jax import hosts
+from ldm_jax import graphs, hosts
 
 MAX_BYTES = 10**9  # Of all programs; those used longest ago go first.
 DIGEST_BYTES = hashlib.sha256().digest_size
-# What changes a program without being seen in its arguments: settings of XLA, JAX and ours.
-ENVIRONMENT = ("XLA_", "JAX_", "LDM_JAX_", "CUDA_", "NVIDIA_", "LIBTPU_", "TF_")
-OF_PROCESSORS = ("flags", "Features", "model name")  # Lines that say what a processor can do.
-# Of JAX's settings, those that change no program.
+CODE = hosts.describe_code()  # As it was imported: a file may be edited while a run begins.
+# What changes programs without being seen in arguments or in JAX's settings.
+ENVIRONMENT = ("FLAX_", "LDM_JAX_KERNELS", "LIBTPU_", "TF_", "XLA_")
+STACK = ("jax", "nvidia")  # Beginnings of the names of packages that compile and run them.
 OF_CACHES = ("jax_compilation_cache", "jax_persistent_cache", "jax_enable_compilation_cache")
+# These want a jit's own call.
+OWN_CALL = ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_enable_pgle")
+OF_PROCESSORS = ("flags", "Features", "model name")  # Lines that say what a processor can do.
+HIT = "/jax/compilation_cache/cache_hits"
+
+_hits: list[str] = []
+
+
+def _note_hit(event: str, **_: Any) -> None:
+    if event == HIT:
+        _hits.append(event)
+
+
+jax.monitoring.register_event_listener(_note_hit)
 
 
 class KeptProgram:
     """A jit of one program, that of its first call, taken from the folder where it is kept.
 
-    It is kept in "programs" inside of JAX's folder of compiled programs, and not at all where JAX
-    keeps nothing, by several processes, or in a folder that is no path: then it is the jit itself.
-    A file that is damaged or does not load is named in a warning, and made again.
+    It is kept in "programs" inside of JAX's folder of compiled programs. Where JAX keeps nothing or
+    looks for what is no number, for several processes, and for a folder that is no path, it is the
+    jit itself. What JAX's cache had already is not kept again: XLA writes down whole only what it
+    has compiled itself. A file that is damaged or does not load is named in a warning, and made
+    again.
 
     Args:
         jitted: of jax.jit, without static arguments. A function of another kind, which has no
             `lower`, is called as it is.
         mesh: of the devices that it runs on.
-        identity: whatever the function depends on beside its arguments, versions and the package's
-            source, as JSON: all settings, constants, and the source of the caller.
+        identity: whatever the function depends on beside its arguments, the mesh, versions and the
+            package's source, as JSON: all settings, constants, and the source of the caller.
     """
 
     def __init__(self, jitted: Callable, mesh: Mesh, identity: Any):
@@ -51,7 +69,7 @@ class KeptProgram:
         self._program: Callable | None = None
 
     def __call__(self, *args: Any) -> Any:
-        """As the jit's. Arguments of other shapes than the first call's are a TypeError."""
+        """As the jit's, of arrays like those of the first call."""
         if self._program is None:
             self._program = self._prepare(args)
         return self._program(*args)
@@ -63,23 +81,28 @@ class KeptProgram:
         path = folder / f"{self._get_name(args)}.program"
         program = _load(path, self._mesh)
         if program is None:
+            before = len(_hits)
             program = self._jitted.lower(*args).compile()
-            _save(path, program)
+            if len(_hits) == before:
+                _save(path, program)
         return program
 
     def _get_name(self, args):
         devices = list(self._mesh.devices.flat)
         leaves, tree = jax.tree.flatten(args)
-        settings = {
-            name: value
-            for name, value in jax.config.values.items()
-            if not name.startswith(OF_CACHES)
-        }
+        settings = {k: v for k, v in jax.config.values.items() if not k.startswith(OF_CACHES)}
         made_from = {
             "identity": self._identity,
-            "code": hosts.describe_code(),
+            "code": CODE,
+            "stack": {
+                name: package.version
+                for package in metadata.distributions()
+                if (name := str(package.name).lower()).startswith(STACK)
+            },
             "name": getattr(self._jitted, "__name__", ""),
+            "options": graphs.get_options(devices, quick=True),
             "arguments": [str(tree), *(_describe_leaf(leaf) for leaf in leaves)],
+            "mesh": dict(self._mesh.shape),
             "devices": [f"{device.id}: {device.device_kind}" for device in devices],
             "platform": devices[0].client.platform_version,
             "processor": _describe_processor() if devices[0].platform == "cpu" else "",
@@ -95,7 +118,9 @@ def _get_folder():
     values = jax.config.values
     own = values["jax_compilation_cache_dir"]
     on = values["jax_enable_compilation_cache"] and own and "://" not in own
-    return Path(own) / "programs" if on and jax.process_count() == 1 else None
+    if not on or jax.process_count() > 1 or any(values.get(name) for name in OWN_CALL):
+        return None
+    return Path(own) / "programs"
 
 
 def _describe_leaf(leaf):
@@ -110,8 +135,9 @@ def _describe_leaf(leaf):
 def _describe_processor():
     """What a program for a CPU may use of it."""
     known = Path("/proc/cpuinfo")  # Of Linux.
-    lines = known.read_text().splitlines() if known.exists() else [platform.processor()]
-    return sorted({line for line in lines if line.startswith(OF_PROCESSORS)}) or lines
+    lines = set(known.read_text().splitlines()) if known.exists() else set()
+    told = sorted(line for line in lines if line.startswith(OF_PROCESSORS))
+    return told or platform.machine()
 
 
 def _load(path: Path, mesh: Mesh) -> Callable | None:
@@ -125,7 +151,8 @@ def _load(path: Path, mesh: Mesh) -> Callable | None:
         program = serialize_executable.deserialize_and_load(
             *pickle.loads(content), backend=devices[0].client, execution_devices=devices
         )
-        os.utime(path)
+        with suppress(OSError):  # A folder that can only be read serves as well.
+            os.utime(path)
         return program
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -137,9 +164,11 @@ def _load(path: Path, mesh: Mesh) -> Callable | None:
 
 def _save(path, program):
     """Writes a program beside others; a warning if that is not possible."""
-    part = path.with_suffix(f".{os.getpid()}")
+    part = path.with_suffix(f".{secrets.token_hex(8)}")
     try:
         content = pickle.dumps(serialize_executable.serialize(program))
+        if len(content) > _get_limit():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             part.write_bytes(hashlib.sha256(content).digest() + content)
@@ -152,8 +181,14 @@ def _save(path, program):
         warnings.warn(f"the program could not be kept as {path}: {reason}")
 
 
+def _get_limit():
+    """MAX_BYTES, or what JAX's cache may hold where that is less."""
+    own = jax.config.values["jax_compilation_cache_max_size"]
+    return MAX_BYTES if own < 0 else min(MAX_BYTES, own)
+
+
 def _drop_oldest(folder):
-    """Leaves the files used last, of MAX_BYTES together: programs, and parts that a kill left."""
+    """Leaves the files used last, up to the limit: programs, and parts that a kill left."""
     found = []
     for path in folder.iterdir():
         with suppress(FileNotFoundError):  # Another process drops files as well.
@@ -162,5 +197,5 @@ def _drop_oldest(folder):
     total = 0
     for _, size, path in sorted(found, reverse=True):
         total += size
-        if total > MAX_BYTES:
+        if total > _get_limit():
             path.unlink(missing_ok=True)

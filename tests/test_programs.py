@@ -95,6 +95,44 @@ def test_another_identity_argument_or_mesh_is_another_program(folder, changed):
     assert count_traces() == 0
 
 
+def test_another_mesh_is_another_program_where_arguments_do_not_tell(folder):
+    for layout in ("fsdp", "data", "data=2,fsdp=4", "fsdp"):
+        mesh = sharding.get_mesh(layout)
+        create = sharding.compile_creation(
+            lambda key: {"w": jax.random.normal(key, (64, 64))}, mesh
+        )
+        state = KeptProgram(create, mesh, "one")(jax.random.key(0))
+        expected = NamedSharding(mesh, sharding.get_spec(mesh, (64, 64)))
+        assert state["w"].sharding.is_equivalent_to(expected, 2)
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_what_jax_had_kept_is_not_kept_again(folder):
+    """Two runs whose programs are the same and their identities not, each given twice.
+
+    On a CPU, XLA writes down a program that it has not compiled itself without its functions.
+    """
+
+    def step(w):
+        for k in range(4):
+            w = jnp.sin(w @ w + k) / (1 + jnp.abs(w)).mean()
+        return w
+
+    mesh = sharding.get_mesh("data", jax.devices()[:1])
+    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    try:
+        found = []
+        for identity in ["one", "two"] * 2:
+            jax.clear_caches()
+            found.append(KeptProgram(jax.jit(step), mesh, identity)(jnp.ones((8, 8))))
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+    for x in found[1:]:
+        np.testing.assert_array_equal(x, found[0])
+    assert len(list(folder.iterdir())) == 1
+
+
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "LDM_JAX_KERNELS"])
 def test_another_environment_is_another_program(folder, monkeypatch, name):
     assert count_traces() == 1
@@ -106,7 +144,7 @@ def test_another_source_or_setting_of_jax_is_another_program(folder, monkeypatch
     assert count_traces() == 1
     with jax.default_matmul_precision("highest"):
         assert [count_traces(), count_traces()] == [1, 0]
-    monkeypatch.setattr(programs.hosts, "describe_code", lambda: "one line is another")
+    monkeypatch.setattr(programs, "CODE", "one line is another")
     assert [count_traces(), count_traces()] == [1, 0]
 
 
@@ -169,6 +207,32 @@ def test_nothing_is_kept_where_jax_keeps_nothing_or_several_processes_run(folder
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert [count_traces(), count_traces()] == [1, 1]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["jax_debug_nans", "jax_disable_jit"])
+def test_nothing_is_kept_where_jax_looks_for_errors(folder, name):
+    jax.config.update(name, True)
+    try:
+        assert count_traces() >= 1
+    finally:
+        jax.config.update(name, False)
+    assert not folder.exists()
+
+
+def test_a_folder_that_can_only_be_read_serves_as_well(folder, monkeypatch):
+    assert count_traces() == 1
+
+    def fail(path):
+        raise PermissionError(f"read-only: {path}")
+
+    monkeypatch.setattr(os, "utime", fail)
+    assert count_traces() == 0
+
+
+def test_a_program_beyond_the_limit_is_not_written(folder, monkeypatch):
+    monkeypatch.setattr(programs, "MAX_BYTES", 100)
     assert [count_traces(), count_traces()] == [1, 1]
     assert not folder.exists()
 
