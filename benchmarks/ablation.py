@@ -95,11 +95,11 @@ ROWS = (
     Row("moved pictures", {"training.translation": 0.5}),
     Row(
         "larger batch",
-        {"batch_size": 2048, "optimizer.learning_rate": 1.5e-3, "optimizer.warmup_steps": 1000},
+        {"batch_size": 2048, "optimizer.learning_rate": 1.3e-3, "optimizer.warmup_steps": 1000},
     ),
     Row(
         "guided by a weaker network",
-        {"sampling.class_guidance": 2.0, "sampling.style_guidance": 3.0},
+        {"sampling.class_guidance": 2.0, "sampling.style_guidance": 2.0},
         {"steps": 1_200, "network.widths": (128, 160, 160), "optimizer.decay": "constant"},
     ),
 )

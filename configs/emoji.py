@@ -5,8 +5,8 @@
     python train.py --config=configs/guide.py --workdir=runs/guide
     python scripts/export_model.py runs/guide runs/emoji/guide
 
-27.7 M weights, and 8.2 M of a guide; 17 500 steps take seven minutes on four NVIDIA H200s (JAX
-0.11.2, 85 500 img/s). docs/quality.md has the figures by which it was chosen, docs/emoji.md what
+27.7 M weights, and 8.2 M of a guide; 17 300 steps take seven minutes on four NVIDIA H200s (JAX
+0.11.2, 84 500 img/s). docs/quality.md has the figures by which it was chosen, docs/emoji.md what
 the weights draw.
 """
 
@@ -15,7 +15,7 @@ from configs import seed
 
 def get_config():
     config = seed.get_config()
-    config.steps = 17_500
+    config.steps = 17_300
     config.batch_size = 2_048
 
     config.data.source = "emoji"
@@ -43,7 +43,7 @@ def get_config():
     config.noising.target = "velocity"
     config.training.loss = "mse"
 
-    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.learning_rate = 1.3e-3
     config.optimizer.warmup_steps = 1_000
     config.optimizer.decay = "cosine"
     config.optimizer.clip_norm = 1.0
@@ -51,7 +51,7 @@ def get_config():
     config.training.ema_decay = 0.9995
 
     config.sampling.class_guidance = 2.0
-    config.sampling.style_guidance = 3.0
+    config.sampling.style_guidance = 2.0
     config.sampling.mixture = "variance_preserving"
     config.sampling.method = "dpm_solver_pp_2m"
     config.sampling.schedule = "log_snr"

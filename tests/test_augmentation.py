@@ -10,6 +10,7 @@ from ldm_jax.augmentation import MOST_CELLS, TOLD, translate
 from ldm_jax.corruption import corrupt
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import ForwardProcess
+from ldm_jax.text import load_text_encoder
 
 NUMBER = 600
 
@@ -45,6 +46,14 @@ def test_pictures_are_moved_by_as_much_as_is_told(embedding_shape):
     stay = (offsets == 0).all(1).mean()
     assert abs(stay - (0.5 + 0.5 / 25)) < 4 * np.sqrt(0.25 / NUMBER)
     assert len({tuple(offset) for offset in offsets}) == 25
+
+
+def test_a_cell_is_more_than_what_texts_have_there():
+    """Else the network takes the numbers of a name that it has not seen for a move."""
+    names = "apple", "pen", "open hands", "man rowing boat", "admission tickets", "planet", "face"
+    numbers = load_text_encoder("use-parts")([f"{name}, Noto" for name in names])
+    assert np.sqrt(np.mean(numbers**2)) == pytest.approx(1, rel=1e-3)
+    assert np.abs(numbers[:, :2]).max() < TOLD / 2
 
 
 def test_a_share_of_zero_moves_nothing():
