@@ -52,9 +52,8 @@ class KeptProgram:
 
     It is kept in "programs" inside of JAX's folder of compiled programs. Where JAX keeps nothing or
     looks for what is no number, for several processes, and for a folder that is no path, it is the
-    jit itself. What JAX's cache had already is not kept again: XLA writes down whole only what it
-    has compiled itself. A file that is damaged or does not load is named in a warning, and made
-    again.
+    jit itself. What JAX's cache has already is not kept: XLA writes down whole only what it has
+    compiled itself. A file that is damaged or does not load is named in a warning, and removed.
 
     Args:
         jitted: of jax.jit, without static arguments. A function of another kind, which has no
@@ -158,7 +157,9 @@ def _load(path: Path, mesh: Mesh) -> Callable | None:
         return None
     except Exception as error:  # XLA has no class of its own for what it cannot load.
         reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"the kept program {path} does not load, and is made again: {reason}")
+        warnings.warn(f"the kept program {path} does not load, and is removed: {reason}")
+        with suppress(OSError):
+            path.unlink()
         return None
 
 

@@ -1,4 +1,4 @@
-"""Programs are kept, taken again where nothing has changed, and made again where something has."""
+"""Programs are kept, taken where nothing has changed, and made again where something has."""
 
 import hashlib
 import os
@@ -151,21 +151,22 @@ def test_another_source_or_setting_of_jax_is_another_program(folder, monkeypatch
 @pytest.mark.parametrize(
     "damage", [lambda x: x[:-1], lambda x: x[:99] + b"?" + x[100:], lambda x: b""]
 )
-def test_a_damaged_program_is_named_and_made_again(folder, damage):
+def test_a_damaged_program_is_named_and_removed(folder, damage):
     assert count_traces() == 1
     (path,) = folder.iterdir()
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(UserWarning, match=f"{path.name} does not load, .* its digest is another"):
+    told = f"{path.name} does not load, and is removed: its digest is another"
+    with pytest.warns(UserWarning, match=told):
         assert count_traces() == 1
     assert count_traces() == 0
 
 
-def test_a_program_that_xla_does_not_take_is_named_and_made_again(folder):
+def test_a_program_that_xla_does_not_take_is_named_and_removed(folder):
     assert count_traces() == 1
     (path,) = folder.iterdir()
     content = path.read_bytes()[programs.DIGEST_BYTES :].replace(b"exec", b"file")
     path.write_bytes(hashlib.sha256(content).digest() + content)
-    with pytest.warns(UserWarning, match=f"{path.name} does not load, and is made again"):
+    with pytest.warns(UserWarning, match=f"{path.name} does not load, and is removed"):
         assert count_traces() == 1
     assert count_traces() == 0
 
