@@ -48,7 +48,7 @@ from ldm_jax.runlog import RunLog
 from ldm_jax.text import check_parts, load_text_encoder
 from ldm_jax.unet import get_network
 
-SOURCE = Path(__file__).read_text()
+CODE = hosts.describe_code(Path(__file__))  # As it was imported.
 # Parts of a config that the initial state and the training step depend on.
 IN_PROGRAMS = "network", "noising", "optimizer", "training", "sharding", "power_ema", "steps"
 
@@ -82,9 +82,7 @@ def _train(config, workdir, profile, preempted):
     cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
     _check_shapes(config.network, cache)
     check_parts(text_encoder.name, settings["sampling"])
-    hosts.check_agreement(
-        config=settings, code=hosts.describe_code(Path(__file__)), data=dict(cache.manifest)
-    )
+    hosts.check_agreement(config=settings, code=CODE, data=dict(cache.manifest))
     scale = get_latent_scale(cache.manifest, **settings["latents"])
     mesh = sharding.get_mesh(config.sharding.mesh)
 
@@ -122,7 +120,7 @@ def _train(config, workdir, profile, preempted):
 
     # Programs that were compiled before, by the same code for the same settings, are taken again.
     made_from = {name: settings[name] for name in IN_PROGRAMS}
-    made_from |= {"scale": [meta["std_latent"], meta["mean_latent"]], "door": SOURCE}
+    made_from |= {"scale": [meta["std_latent"], meta["mean_latent"]], "code": CODE}
     made_from |= {"shapes": [cache.latent_shape, cache.embedding_shape]}
     keep = partial(KeptProgram, mesh=mesh, identity=made_from)
     train_step = keep(train_step)

@@ -127,7 +127,7 @@ def check_agreement(**parts: Any) -> None:
     """
     if jax.process_count() == 1:
         return
-    words = np.stack([_digest(value) for value in parts.values()])
+    words = np.stack([np.frombuffer(digest_settings(x), np.uint32) for x in parts.values()])
     all_words = np.asarray(multihost_utils.process_allgather(words))  # (process, part, word)
     differs = np.any(all_words != all_words[0], axis=-1)
     if differs.any():
@@ -146,18 +146,19 @@ def describe_code(*doors: Path) -> dict[str, str]:
     """Versions of what the numbers depend on, and a digest of this package's source."""
     sources = sorted(Path(__file__).parent.glob("*.py")) + sorted(doors)
     files = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in sources]
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return {name: metadata.version(name) for name in PACKAGES} | {"source_sha256": digest}
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return versions | {"source_sha256": digest_settings(files).hex()}
+
+
+def digest_settings(settings: Any) -> bytes:
+    """SHA-256 of what JSON can hold, whatever the order of its keys; of all else, of its text."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def is_leader() -> bool:
     """Whether this process writes the logs and pictures."""
     return jax.process_index() == 0
-
-
-def _digest(value: Any) -> np.ndarray:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32)
 
 
 def _check_address(coordinator: str, process_id: int) -> None:

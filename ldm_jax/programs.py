@@ -6,7 +6,6 @@ is kept here is found by what it would be made from.
 """
 
 import hashlib
-import json
 import os
 import pickle
 import platform
@@ -108,8 +107,7 @@ class KeptProgram:
             "settings": settings,
             "environment": {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)},
         }
-        text = json.dumps(made_from, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return hosts.digest_settings(made_from).hex()[:32]
 
 
 def _get_folder():
@@ -156,8 +154,7 @@ def _load(path: Path, mesh: Mesh) -> Callable | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # XLA has no class of its own for what it cannot load.
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"the kept program {path} does not load, and is removed: {reason}")
+        _warn(f"the kept program {path} does not load, and is removed", error)
         with suppress(OSError):
             path.unlink()
         return None
@@ -178,8 +175,11 @@ def _save(path, program):
             part.unlink(missing_ok=True)
         _drop_oldest(path.parent)
     except Exception as error:  # As above, of programs that cannot be written down; a full disk.
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(f"the program could not be kept as {path}: {reason}")
+        _warn(f"the program could not be kept as {path}", error)
+
+
+def _warn(what, error):
+    warnings.warn(f"{what}: {' '.join(str(error).split())[:200]}")
 
 
 def _get_limit():
