@@ -1,12 +1,14 @@
 """The training step of configs/seed.py's network, beside its PyTorch peers => images a second.
 
     python -m benchmarks.train_step [--rows=ours,torch-one-compile] [--batch_sizes=1024,256]
+    python -m benchmarks.train_step --recipe=emoji --rows=ours --batch_sizes=2048
     python -m benchmarks.train_step --tiny
 
 Ours computes in bfloat16 with float32 weights, on one device, as train.py does. Its rows may say
 more: ours-remat, ours-accumulate4, or both. Those of PyTorch are torch-TOKENS-MODE, see
-torch_unet.py and torch_peer.py; each runs in a process of its own. All programs of ours are
-compiled side by side before anything is measured. Prints a markdown table:
+torch_unet.py and torch_peer.py; each runs in a process of its own. With --recipe=NAME, network,
+noise, loss and optimizer are those of configs/NAME.py, which no row of PyTorch's has. All programs
+of ours are compiled side by side before anything is measured. Prints a markdown table:
 
     size         images of a step
     ms           of a step, the median of --repeats rounds; lowest, highest of them
@@ -18,6 +20,7 @@ compiled side by side before anything is measured. Prints a markdown table:
     compile s    compilation; for PyTorch the first step
 """
 
+import importlib
 import sys
 from functools import partial
 from typing import Any
@@ -29,6 +32,7 @@ from benchmarks import rows, timing
 from ldm_jax import feed, sharding, training
 from ldm_jax.flops import STEP, count_flops
 from ldm_jax.latents import LatentScale
+from ldm_jax.noising import get_process
 from ldm_jax.packing import pack_state
 from ldm_jax.unet import get_network
 
@@ -41,13 +45,18 @@ class Trainer:
     Args:
         fields: of `get_network`, in bfloat16.
         mesh: where all lives.
+        recipe: a config whose noising, optimizer and training are taken; None for the defaults.
     """
 
-    def __init__(self, fields: dict[str, Any], mesh: jax.sharding.Mesh):
-        self.network, self.mesh = get_network(**fields, dtype="bfloat16"), mesh
+    def __init__(self, fields: dict[str, Any], mesh: jax.sharding.Mesh, recipe: Any = None):
+        self.network, self.mesh = get_network(**fields | {"dtype": "bfloat16"}), mesh
         size, channels = self.network.latent_image_size, self.network.latent_channels
         self.shapes = (size, size, channels), (self.network.emb_size,)
-        self.optimizer = training.get_optimizer(steps=100_000)
+        self.optimizer, self.options = training.get_optimizer(steps=100_000), {}
+        if recipe is not None:
+            settings = recipe.to_dict()
+            self.optimizer = training.get_optimizer(steps=recipe.steps, **settings["optimizer"])
+            self.options = settings["training"] | {"process": get_process(**settings["noising"])}
         create = partial(
             training.create_train_state,
             network=self.network,
@@ -78,7 +87,7 @@ class Trainer:
     def get_step(self, *, remat: bool = False, **options: Any):
         """The step of training.py; options of `get_train_step`."""
         network = self.network.clone(remat=remat)
-        options |= {"mesh": self.mesh}
+        options = self.options | options | {"mesh": self.mesh}
         return training.get_train_step(network, self.optimizer, LatentScale(2.5), **options)
 
     def lower(self, batch_size: int, **options: Any) -> Any:
@@ -137,9 +146,15 @@ def get_torch_call(fields: dict[str, Any], tokens: str, mode: str, batch_size: i
 def main(arguments: list[str]) -> None:
     parser = rows.get_parser(__doc__, ROWS)
     parser.add_argument("--batch_sizes", default="1024,256", help="separated by commas")
+    parser.add_argument("--recipe", default="", help="a file in configs/, without .py")
     options = parser.parse_args(arguments)
-    fields = rows.TINY if options.tiny else rows.SEED
-    trainer = Trainer(fields, sharding.get_mesh("data", jax.devices()[:1]))
+    fields, recipe = rows.TINY if options.tiny else rows.SEED, None
+    if options.recipe:
+        if "torch" in options.rows:
+            parser.error(f"with --recipe all rows are ours, got {options.rows}")
+        recipe = importlib.import_module(f"configs.{options.recipe}").get_config()
+        fields = recipe.network.to_dict() | ({"widths": (16, 32)} if options.tiny else {})
+    trainer = Trainer(fields, sharding.get_mesh("data", jax.devices()[:1]), recipe)
     work = rows.Work(
         "train_step",
         flops=STEP * count_flops(trainer.network, *trainer.shapes),

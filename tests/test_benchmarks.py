@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import rows
+from benchmarks import rows, train_step
 from benchmarks.processes import run_processes
 from benchmarks.train_step import Trainer
 from ldm_jax import sharding
@@ -103,6 +103,19 @@ def test_train_step_times_ours_beside_pytorch_and_goes_on_after_errors(tmp_path)
         assert row["img/s"] == pytest.approx(4000 / row["ms"])
         assert row["of peak"] > 0 and row["compile s"] > 0
     assert rows[0]["program GB"] > 0
+
+
+@pytest.mark.slow
+def test_train_step_times_a_recipe(tmp_path):
+    arguments = "--batch_sizes=4", "--rows=ours", "--recipe=emoji"
+    [row] = run_rows("train_step", tmp_path, *arguments)
+    assert row["work"] == "ours" and row["ms"] > 0
+
+
+def test_train_step_refuses_pytorch_s_rows_of_a_recipe(capsys):
+    with pytest.raises(SystemExit):
+        train_step.main(["--tiny", "--recipe=emoji", "--rows=ours,torch-one-eager"])
+    assert "all rows are ours, got ours,torch-one-eager" in capsys.readouterr().err
 
 
 @pytest.mark.slow
