@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ldm_jax import attention_kernels
-from ldm_jax.normed import add_bias
-from ldm_jax.norms import column_sums
+from ldm_jax.sums import add_bias, column_sums
 
 
 def attend(
@@ -87,8 +86,9 @@ def attend_projected(
         by_kernels: False leaves it to XLA, which alone splits arrays over devices by itself.
     """
     inner = len(bias) // 2
-    if by_kernels and heads == 1 and attention_kernels.can_run(projected, inner):
-        return _attend_by_kernels(projected, bias, math.sqrt(inner) if scaled else 1.0)
+    if by_kernels and attention_kernels.can_run(projected, inner, heads):
+        divisor = math.sqrt(inner // heads) if scaled else 1.0
+        return _attend_by_kernels(projected, bias, heads, divisor)
     return _attend_by_xla(projected, bias, heads=heads, scaled=scaled)
 
 
@@ -98,31 +98,32 @@ def _attend_by_xla(projected, bias, **options):
     return attend(queries, keys, values, **options)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attend_by_kernels(projected, bias, divisor) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend_by_kernels(projected, bias, heads, divisor) -> Array:
     """By kernels where the program is compiled for an NVIDIA GPU."""
-    return _attend_by_kernels_forward(projected, bias, divisor)[0]
+    return _attend_by_kernels_forward(projected, bias, heads, divisor)[0]
 
 
-def _attend_by_kernels_forward(projected, bias, divisor) -> tuple[Array, tuple]:
+def _attend_by_kernels_forward(projected, bias, heads, divisor) -> tuple[Array, tuple]:
     def by_xla(projected, bias):
-        y = _attend_by_xla(projected, bias, scaled=divisor != 1.0)
-        return y, jnp.zeros_like(projected, jnp.float32)[..., 0].reshape(-1)
+        y = _attend_by_xla(projected, bias, heads=heads, scaled=divisor != 1.0)
+        unused = jnp.zeros_like(projected, jnp.float32)[..., 0].reshape(-1)
+        return y, jnp.broadcast_to(unused, (heads, len(unused)))
 
     def by_kernels(projected, bias):
-        return attention_kernels.attend(projected, jnp.split(bias, 2)[1], divisor)
+        return attention_kernels.attend(projected, jnp.split(bias, 2)[1], divisor, heads)
 
     y, log_sums = jax.lax.platform_dependent(projected, bias, cuda=by_kernels, default=by_xla)
     return y, (projected, bias, y, log_sums)
 
 
-def _attend_by_kernels_backward(divisor, saved, dy):
+def _attend_by_kernels_backward(heads, divisor, saved, dy):
     def by_kernels(projected, bias, y, log_sums, dy):
         gradient = attention_kernels.get_gradient(projected, bias, y, log_sums, dy, divisor)
         return gradient, column_sums(gradient[..., : len(bias)].astype(jnp.float32))[0]
 
     def by_xla(projected, bias, y, log_sums, dy):
-        attend = partial(_attend_by_xla, scaled=divisor != 1.0)
+        attend = partial(_attend_by_xla, heads=heads, scaled=divisor != 1.0)
         return jax.vjp(attend, projected, bias)[1](dy)
 
     return jax.lax.platform_dependent(*saved, dy, cuda=by_kernels, default=by_xla)

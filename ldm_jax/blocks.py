@@ -17,9 +17,12 @@ from jaxtyping import Array, Bool, Float
 
 from ldm_jax.attention import attend, attend_projected
 from ldm_jax.conditioning import AddedByToken, Condition
+from ldm_jax.group_kernels import Terms
+from ldm_jax.group_norms import group_norm
 from ldm_jax.initial import Dense, lecun_normal
-from ldm_jax.normed import add_bias, conv, merge_norm, normed_conv, round_to
+from ldm_jax.normed import conv, merge_norm, normed_conv, round_to
 from ldm_jax.norms import Dropout, get_norm
+from ldm_jax.sums import add_bias
 
 
 def sinusoidal_embedding(
@@ -121,14 +124,27 @@ class ResidualBlock(nn.Module):
             mean, factor, _ = norm(apart=True)(name="norm")(x)
             h = normed_conv(x, mean, factor, kernel_0, bias_0)
         else:
-            h = add_bias(conv(norm()(name="norm")(x), kernel_0), bias_0)
-        if embedding is not None:
-            zeros = nn.initializers.zeros
-            film = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
-            scale, shift = jnp.split(film(embedding)[:, None, None], 2, axis=-1)
-            h = (1 + scale) * norm()(name="norm_film")(h) + shift
-        h = Dropout(self.dropout, self.axis_name)(nn.swish(h), train=train)
+            h = conv(norm()(name="norm")(x), kernel_0)
+        dropout = Dropout(self.dropout, self.axis_name)
+        if self.norm == "group" and embedding is not None:
+            factor, offset = self._get_film(embedding)
+            keep = dropout.draw_keep(h.shape, train=train)
+            terms = Terms(bias_0, factor, offset, keep)
+            h = group_norm(h, terms, swish=True, gain=dropout.gain, by_kernels=train)
+        else:
+            h = h if self.norm == "batch" else add_bias(h, bias_0)
+            if embedding is not None:
+                factor, offset = (x[:, None, None] for x in self._get_film(embedding))
+                h = factor * norm()(name="norm_film")(h) + offset
+            h = dropout(nn.swish(h), train=train)
         return add_bias(conv(h, kernel_1), bias_1 + bias) + residual
+
+    def _get_film(self, embedding):
+        """What each sample's channels are multiplied by, and what is added."""
+        zeros = nn.initializers.zeros
+        film = Dense(2 * self.width, kernel_init=zeros, dtype=self.dtype, name="film")
+        scale, shift = jnp.split(film(embedding), 2, axis=-1)
+        return 1 + scale, shift
 
 
 class LinearParams(nn.Module):
@@ -191,8 +207,10 @@ class SpatialAttention(nn.Module):
         constant += value_bias @ out + out_bias
         if self.norm == "batch" and train:
             constant = jax.lax.stop_gradient(constant)
-        h = (h + constant[None, None]).astype(self.dtype)
-        return get_norm(self.norm, **layer)(name="norm_out")(h.reshape(x.shape))
+        norm_out, h = get_norm(self.norm, **layer)(name="norm_out"), h.reshape(x.shape)
+        if self.norm == "group":
+            return norm_out(h, constant)
+        return norm_out((h + constant[None, None, None]).astype(self.dtype))
 
 
 class CrossAttention(nn.Module):

@@ -9,7 +9,6 @@ has a mean of three deviations, these are twice as far from float32 as by norm a
 six times.
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ldm_jax.norms import column_sums
+from ldm_jax.sums import add_offset
 
 
 def conv(x: Float[Array, "b h w c"], kernel: Float[Array, "_ _ c d"]) -> Float[Array, "b h w d"]:
@@ -130,41 +129,3 @@ def spread_places(
     counts = np.einsum("hi,wj->hwij", count(height), count(width)).reshape(-1, 9)
     spread = jnp.matmul(counts, places.reshape(9, -1), precision="highest")
     return spread.reshape(height, width, -1)
-
-
-@jax.custom_vjp
-def add_bias(x: Float[Array, "b *n c"], bias: Float[Array, " c"]) -> Float[Array, "b *n c"]:
-    """x + bias, in the dtype of x; the bias' gradient is summed in float32, see `column_sums`."""
-    return _add_bias(x, bias)[0]
-
-
-def _add_bias(x, bias) -> tuple[Any, None]:
-    bias = jnp.reshape(bias, (1,) * (x.ndim - bias.ndim) + bias.shape)
-    return (x.astype(jnp.float32) + bias).astype(x.dtype), None
-
-
-def _add_bias_backward(_, dy):
-    return dy, column_sums(dy.astype(jnp.float32))[0]
-
-
-add_bias.defvjp(_add_bias, _add_bias_backward)
-
-
-@jax.custom_vjp
-def add_offset(
-    x: Float[Array, "b h w c"], offset: Float[Array, "h w c"]
-) -> Float[Array, "b h w c"]:
-    """x + offset, in the dtype of x; the offset's gradient is summed in float32, as above."""
-    return _add_bias(x, offset)[0]
-
-
-def _add_offset_backward(_, dy):
-    # A place of a map is a column here, and up to 64 sums lie between all samples and one.
-    samples = len(dy)
-    columns = dy.astype(jnp.float32).reshape(math.gcd(samples, 64), -1, 1, math.prod(dy.shape[1:]))
-    return dy, jnp.sum(jax.lax.optimization_barrier(jnp.sum(columns, 1)), (0, 1)).reshape(
-        dy.shape[1:]
-    )
-
-
-add_offset.defvjp(_add_bias, _add_offset_backward)

@@ -5,7 +5,6 @@ it is spread over: a batch norm's statistics are then those of the whole batch, 
 dropout is the same on any number of devices.
 """
 
-import math
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -14,13 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from ldm_jax.group_norms import GroupNorm
+from ldm_jax.sums import column_sums
+
 NORMS = ("batch", "group", "rms")
-GROUP_SIZE = 16
 EPSILON = 1e-3  # Of batch norms.
-ROWS = 256  # Positions of a partial sum; a sample that has more makes one by itself.
 
 
 def get_norm(
@@ -62,17 +61,7 @@ def get_norm(
             axis_name=axis_name,
         )
     if norm == "group":
-        axes = (-1,) if per_token else None
-        return partial(
-            nn.GroupNorm,
-            num_groups=None,
-            group_size=GROUP_SIZE,
-            epsilon=1e-5,
-            use_scale=affine,
-            use_bias=affine,
-            dtype=dtype,
-            reduction_axes=axes,
-        )
+        return partial(GroupNorm, affine=affine, dtype=dtype, per_token=per_token, by_kernels=train)
     if norm == "rms":
         return partial(nn.RMSNorm, epsilon=1e-5, use_scale=affine, dtype=dtype)
     raise ValueError(f"norm must be one of {NORMS}, got {norm!r}")
@@ -273,25 +262,6 @@ def _statistics(x, mask, near, axis_name):
     return near + total / count, jnp.maximum(deviations, 0) / count, count
 
 
-def column_sums(*maps):
-    """Sums over all axes but the last: partial sums over ROWS positions, then the sum of these.
-
-    XLA leaves a column sum that it merges with an elementwise result to a few blocks of threads,
-    which takes ten times as long on maps of 4 x 4. The barrier keeps the stages apart. Positions
-    of several samples go together: of 64 rows, a GPU's kernel for columns leaves half of its
-    threads idle. Samples of one position need one stage only.
-    """
-    samples, channels = maps[0].shape[0], maps[0].shape[-1]
-    rows = math.prod(maps[0].shape[1:-1])
-    if rows > 1:
-        rows *= math.gcd(samples, max(ROWS // rows, 1))
-    groups = [x.reshape(-1, rows, channels) for x in maps]
-    parts = jax.lax.optimization_barrier([jnp.sum(x, axis=1) for x in groups])
-    zeros = [np.zeros((), part.dtype) for part in parts]
-    add = lambda sums, more: [a + b for a, b in zip(sums, more)]  # noqa: E731
-    return jax.lax.reduce(parts, zeros, add, dimensions=(0,))  # One kernel for all.
-
-
 class Dropout(nn.Module):
     """Zeroes activations with probability `rate` and divides the others by 1 - rate.
 
@@ -301,13 +271,36 @@ class Dropout(nn.Module):
     rate: float
     axis_name: Any = None
 
-    @nn.compact
     def __call__(self, x: Float[Array, "b ..."], *, train: bool = False) -> Float[Array, "b ..."]:
+        keep = self.draw_keep(x.shape, train=train)
+        return x if keep is None else jnp.where(keep, x * self.gain, 0)
+
+    def draw_keep(self, shape: tuple[int, ...], *, train: bool) -> Bool[Array, "b ..."] | None:
+        """What is kept of maps of a shape (b, ...), to be multiplied by `gain`; None for all."""
         if not train or self.rate == 0:
-            return x
-        keys = sample_keys(self.make_rng("dropout"), x.shape[0], self.axis_name)
-        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, x.shape[1:]))(keys)
-        return jnp.where(keep, x / (1 - self.rate), 0)
+            return None
+        keys = sample_keys(self.make_rng("dropout"), shape[0], self.axis_name)
+        return jax.vmap(lambda key: draw_halves(key, shape[1:]) >= self._dropped)(keys)
+
+    @property
+    def gain(self) -> float:
+        return 2**16 / (2**16 - self._dropped)
+
+    @property
+    def _dropped(self):
+        """Of 2^16 random numbers."""
+        return round(self.rate * 2**16)
+
+
+def draw_halves(key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "..."]:
+    """Random numbers of 16 bits, two from each word of 32: JAX makes a word for each.
+
+    The words take longer to make than a map to read and write.
+    """
+    *most, last = shape
+    words = jax.random.bits(key, (*most, -(-last // 2)), "uint32")
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
+    return halves.reshape(*most, -1)[..., :last]
 
 
 def sample_keys(rng: PRNGKeyArray, samples: int, axis_name: Any = None) -> PRNGKeyArray:

@@ -120,71 +120,82 @@ needs_triton = pytest.mark.skipif(tiles.triton is None, reason="a JAX without Pa
 @pytest.fixture
 def by_kernels(monkeypatch):
     """Runs the branch for a GPU of our kernels, of any dtype, in Pallas' interpreter."""
-    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner: True)
+    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner, heads: True)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
 
 
-def derive(attend, projected, bias, dy, scaled):
+def derive(attend, projected, bias, dy, scaled, heads=1):
     """The result of `attend_projected` or its like, and both gradients."""
-    run = partial(attend, scaled=scaled)
+    run = partial(attend, scaled=scaled, heads=heads)
     y, pullback = jax.vjp(jax.jit(run), projected, bias)
     return y, *pullback(dy.astype(y.dtype))
 
 
-def attend_literally(projected, bias, scaled):
-    """As XLA does by default, in float32, and derived by JAX."""
+def attend_literally(projected, bias, scaled, heads=1):
+    """As XLA does by default, in float32, and derived by JAX, head by head."""
     inner = len(bias) // 2
     q, k, v = jnp.split(jnp.float32(projected), [inner, 2 * inner], axis=-1)
     q = q + bias[None, None, :inner]
     k = (k + bias[None, None, inner:]).astype(projected.dtype).astype(jnp.float32)
-    logits = k @ q.swapaxes(1, 2) / (math.sqrt(inner) if scaled else 1)
-    return jax.nn.softmax(logits) @ v
+    results = []
+    for q, k, v in zip(*(jnp.split(x, heads, axis=-1) for x in (q, k, v))):
+        logits = k @ q.swapaxes(1, 2) / (math.sqrt(inner // heads) if scaled else 1)
+        results.append(jax.nn.softmax(logits) @ v)
+    return jnp.concatenate(results, axis=-1)
 
 
 SIZES = [
-    # Samples, their positions, channels of keys and of values.
-    (21, 4, 16, 128),  # Sixteen samples to a block, and a part of a block.
-    (5, 16, 32, 256),
-    (1, 16, 16, 128),
-    (3, 64, 64, 384),
-    (2, 64, 128, 128),
-    (3, 128, 16, 128),
-    (2, 256, 32, 256),
+    # Samples, their positions, heads, channels of keys and of values.
+    (21, 4, 1, 16, 128),  # Sixteen samples to a block, and a part of a block.
+    (5, 16, 1, 32, 256),
+    (1, 16, 1, 16, 128),
+    (3, 64, 1, 64, 384),
+    (2, 64, 1, 128, 128),
+    (3, 128, 1, 16, 128),
+    (2, 256, 1, 32, 256),
+    (5, 16, 1, 24, 176),  # Filled up with zeros to powers of two.
+    (9, 16, 4, 4 * 48, 4 * 96),  # The recipe's.
+    (3, 64, 4, 4 * 40, 4 * 80),
+    (2, 256, 4, 4 * 24, 4 * 48),
+    (2, 128, 2, 2 * 16, 2 * 136),
 ]
 
 
 @needs_triton
-@pytest.mark.parametrize("samples, positions, inner, channels", SIZES)
+@pytest.mark.parametrize("samples, positions, heads, inner, channels", SIZES)
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_kernels_attend_as_xla_does_and_so_do_their_gradients(
-    by_kernels, samples, positions, inner, channels, scaled, dtype, tolerance
+    by_kernels, samples, positions, heads, inner, channels, scaled, dtype, tolerance
 ):
-    assert attention_kernels.fits(positions, inner, channels)
+    assert attention_kernels.fits(positions, inner // heads, channels // heads)
     projected = jnp.asarray(0.5 * draw(samples, positions, 2 * inner + channels), dtype)
     bias, dy = 0.5 * draw(2 * inner, seed=1), draw(samples, positions, channels, seed=2)
     dy = jnp.asarray(dy, dtype)
-    found = derive(attend_projected, projected, bias, dy, scaled)
-    expected = derive(attend_literally, projected, bias, dy, scaled)
+    arguments = projected, bias, dy, scaled, heads
+    found = derive(attend_projected, *arguments)
+    expected = derive(attend_literally, *arguments)
     assert [x.dtype for x in found] == [dtype, dtype, np.float32]
     for mine, exact in zip(found, expected, strict=True):
         exact = np.float32(exact)
         np.testing.assert_allclose(np.float32(mine), exact, atol=tolerance * np.abs(exact).max())
     if dtype == "bfloat16":  # And they round no more than XLA's do.
-        xla = derive(attention._attend_by_xla, projected, bias, dy, scaled)
+        xla = derive(attention._attend_by_xla, *arguments)
         # The bias' gradient is nearly all rounding: it is zero for queries.
-        for mine, others, exact, most in zip(found, xla, expected, (1.2, 1.2, 1.6), strict=True):
+        for mine, others, exact, most in zip(found, xla, expected, (1.2, 1.2, 1.8), strict=True):
             mine, others = (np.linalg.norm(np.float32(x - exact)) for x in (mine, others))
             assert mine < most * others
 
 
 @needs_triton
 @pytest.mark.parametrize("samples, positions", [(21, 4), (2, 64), (2, 128)])
-def test_kernels_return_the_logarithms_of_the_softmaxes_sums(samples, positions):
-    projected, key_bias = draw(samples, positions, 2 * 16 + 128), draw(16, seed=1)
-    _, log_sums = attention_kernels.attend(projected, key_bias, 4.0)
-    q, k = np.float64(projected[..., :16]), np.float64(projected[..., 16:32]) + key_bias
-    expected = np.log(np.exp(k @ q.swapaxes(1, 2) / 4).sum(-1)).ravel()
+@pytest.mark.parametrize("heads", [1, 2])
+def test_kernels_return_the_logarithms_of_the_softmaxes_sums(samples, positions, heads):
+    projected, key_bias = draw(samples, positions, 2 * 32 + 128), draw(32, seed=1)
+    _, log_sums = attention_kernels.attend(projected, key_bias, 4.0, heads)
+    q, k = np.float64(projected[..., :32]), np.float64(projected[..., 32:64]) + key_bias
+    parts = zip(np.split(q, heads, axis=-1), np.split(k, heads, axis=-1))
+    expected = [np.log(np.exp(k @ q.swapaxes(1, 2) / 4).sum(-1)).ravel() for q, k in parts]
     np.testing.assert_allclose(log_sums, expected, atol=1e-5)
 
 
@@ -211,33 +222,35 @@ def test_kernels_map_over_batches(by_kernels, positions):
 
 
 @pytest.mark.parametrize(
-    "positions, inner, channels, fit",
+    "positions, keys, values, fit",
     [
         (4, 16, 128, True),
-        (64, 80, 640, False),  # Triton's tiles have powers of two.
+        (64, 80, 640, True),
+        (256, 24, 48, True),
         (64, 128, 1024, True),
-        (64, 256, 256, False),
-        (64, 8, 128, False),
-        (16, 16, 192, False),
+        (64, 129, 256, False),
         (12, 16, 128, False),
         (1, 16, 128, False),
         (2, 16, 128, False),
         (128, 32, 256, True),
+        (128, 32, 257, False),
         (128, 64, 512, False),
+        (256, 65, 256, False),
         (512, 16, 128, False),
     ],
 )
-def test_kernels_refuse_sizes_that_they_are_not_for(positions, inner, channels, fit):
-    assert attention_kernels.fits(positions, inner, channels) == fit
+def test_kernels_refuse_sizes_that_they_are_not_for(positions, keys, values, fit):
+    assert attention_kernels.fits(positions, keys, values) == fit
 
 
 def test_kernels_run_in_bfloat16_where_the_gpus_can(monkeypatch):
-    can_run = lambda dtype: attention_kernels.can_run(  # noqa: E731
-        jax.ShapeDtypeStruct((2, 16, 2 * 16 + 128), dtype), 16
+    can_run = lambda dtype, heads: attention_kernels.can_run(  # noqa: E731
+        jax.ShapeDtypeStruct((2, 128, 2 * 192 + 512), dtype), 192, heads
     )
-    assert not can_run(jnp.bfloat16)
+    assert not can_run(jnp.bfloat16, 2)
     monkeypatch.setattr(tiles, "are_possible", lambda: True)
-    assert can_run(jnp.bfloat16) and not can_run(jnp.float32)
+    assert can_run(jnp.bfloat16, 4) and not can_run(jnp.float32, 4)
+    assert not can_run(jnp.bfloat16, 1)  # A head is too wide.
 
 
 def spread_over_devices(run):
@@ -259,7 +272,7 @@ def spread_over_devices(run):
 
 
 def test_spread_by_hand_they_are_those_of_one_device(monkeypatch):
-    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner: True)
+    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner, heads: True)
     projected, bias = draw(16, 16, 2 * 16 + 128), draw(32, seed=1)
     dy = draw(16, 16, 128, seed=2)
     found = jax.jit(spread_over_devices(attend_projected))(projected, bias, dy)
@@ -314,7 +327,7 @@ def test_a_training_step_by_kernels_has_the_loss_and_gradients_of_one_by_xla(
         return calls, jax.jit(step)(*arguments)
 
     calls, found = derive()
-    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner: False)
+    monkeypatch.setattr(attention_kernels, "can_run", lambda projected, inner, heads: False)
     none, expected = derive()
     assert (calls, none) == (4, 0)
     chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5)
@@ -325,11 +338,12 @@ def test_a_training_step_by_kernels_has_the_loss_and_gradients_of_one_by_xla(
     "fields, kernels",
     [
         ({}, 4),  # Two attentions, of 8 x 8 and 16 x 16, forward and back.
-        ({"norm": "group"}, 4),
+        ({"norm": "group"}, 18),  # And seven norms.
+        ({"norm": "group", "conditioning": "adaptive"}, 24),
         ({"remat": True}, 6),
-        ({"heads": 2}, 0),
+        ({"heads": 2}, 4),
         ({"dtype": "float32"}, 0),
-        ({"widths": (128, 160)}, 2),
+        ({"widths": (128, 160)}, 4),
     ],
 )
 def test_a_training_step_attends_by_kernels_on_a_gpu_alone(monkeypatch, fields, kernels):

@@ -10,16 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.normed import (
-    add_bias,
-    add_offset,
-    conv,
-    merge_norm,
-    normed_conv,
-    round_to,
-    spread_places,
-)
+from ldm_jax.normed import conv, merge_norm, normed_conv, round_to, spread_places
 from ldm_jax.norms import BatchNormApart
+from ldm_jax.sums import add_bias
 
 SHAPES = [(3, 5, 7, 6), (4, 4, 4, 8), (2, 1, 3, 5), (1, 8, 2, 4)]  # Maps (b, h, w, c).
 
@@ -193,30 +186,6 @@ def test_in_bfloat16_it_is_as_close_as_norm_and_convolution(run, far):
     plain = measure(np.float32(run(conv)(normalised, jnp.bfloat16(kernel))), expected)
     merged = measure(np.float32(run(normed_conv)(x, mean, factor, kernel, bias)), expected)
     assert merged < 1.5 * plain
-
-
-@pytest.mark.parametrize("samples", [1, 6, 48])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_biases_and_offsets_are_added_and_their_gradients_are_sums(samples, dtype):
-    x, dy = (jnp.asarray(draw(samples, 3, 5, 7, seed=seed), dtype) for seed in (0, 1))
-    for add, shape in [(add_bias, (7,)), (add_offset, (3, 5, 7))]:
-        term = draw(*shape, seed=2)
-        y, pullback = jax.vjp(jax.jit(add), x, term)
-        exact = np.float32(x) + np.broadcast_to(term, x.shape)
-        assert y.dtype == dtype
-        np.testing.assert_array_equal(np.float32(y), np.float32(jnp.asarray(exact, dtype)))
-        dx, d_term = pullback(dy)
-        assert (dx.dtype, d_term.dtype) == (dtype, np.float32)
-        np.testing.assert_array_equal(dx, dy)
-        axes = tuple(range(4 - len(shape)))
-        np.testing.assert_allclose(d_term, np.float64(dy).sum(axes), rtol=1e-5, atol=1e-5)
-
-
-def test_a_bias_goes_to_products_too():
-    x, bias = draw(6, 7), draw(7, seed=1)
-    np.testing.assert_array_equal(add_bias(x, bias), x + bias[None])
-    d_bias = jax.grad(lambda bias: jnp.sum(x * add_bias(x, bias)))(bias)
-    np.testing.assert_allclose(d_bias, x.sum(0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("run", [lambda f: f, jax.jit])
