@@ -5,9 +5,9 @@
     python train.py --config=configs/guide.py --workdir=runs/guide
     python scripts/export_model.py runs/guide runs/emoji/guide
 
-27.7 M weights, and 8.2 M of a guide; 17 300 steps take seven minutes on four NVIDIA H200s (JAX
-0.11.2, 84 500 img/s). docs/quality.md has the figures by which it was chosen, docs/emoji.md what
-the weights draw.
+27.7 M weights, and 8.2 M of a guide; 17 300 steps take six minutes on four NVIDIA H200s (JAX
+0.11.2, 102 600 img/s; the bundled weights were trained at 84 500, in seven). docs/quality.md has
+the figures by which it was chosen, docs/emoji.md what the weights draw.
 """
 
 from configs import seed
