@@ -195,7 +195,8 @@ def export_tiny(folder, text_encoder):
     fields = dict(latent_image_size=8, block_depth=1, emb_size=width, widths=(16, 32), norm="group")
     network = get_network(**fields)
     shapes = (1, 8, 8, 4), (1,), (1, width)
-    variables = network.init(jax.random.key(0), *(np.zeros(s, np.float32) for s in shapes))
+    inputs = [np.zeros(shape, np.float32) for shape in shapes]
+    variables = jax.jit(network.init)(jax.random.key(0), *inputs)
     scale = LatentScale(np.ones(4, np.float32), np.zeros(4, np.float32))
     meta = create_meta(
         network=fields,

@@ -247,7 +247,7 @@ def test_remat_changes_neither_names_nor_values(norm, conditioning, text_shape):
     inputs = *list(case.inputs.values())[:2], draw(4, *text_shape, seed=1)
 
     def derive(network):
-        variables = network.init(jax.random.key(0), *inputs)
+        variables = jax.jit(network.init)(jax.random.key(0), *inputs)
         params = case.draw_params(variables["params"])
 
         def loss(params):
