@@ -1,7 +1,7 @@
 """The training step of configs/seed.py's network, beside its PyTorch peers => images a second.
 
     python -m benchmarks.train_step [--rows=ours,torch-one-compile] [--batch_sizes=1024,256]
-    python -m benchmarks.train_step --recipe=emoji --rows=ours --batch_sizes=2048
+    python -m benchmarks.train_step --recipe=emoji --batch_sizes=2048
     python -m benchmarks.train_step --tiny
 
 Ours computes in bfloat16 with float32 weights, on one device, as train.py does. Its rows may say
@@ -36,6 +36,7 @@ from ldm_jax.noising import get_process
 from ldm_jax.packing import pack_state
 from ldm_jax.unet import get_network
 
+CONFIGS = rows.ROOT / "configs"
 ROWS = "ours,ours-remat,ours-accumulate4,torch-one-eager,torch-one-compile,torch-tiled-compile"
 
 
@@ -84,9 +85,9 @@ class Trainer:
         }
         return feed.shard_batch(self.mesh, part, batch_size)
 
-    def get_step(self, *, remat: bool = False, **options: Any):
-        """The step of training.py; options of `get_train_step`."""
-        network = self.network.clone(remat=remat)
+    def get_step(self, *, remat: bool | None = None, **options: Any):
+        """The step of training.py; options of `get_train_step`. None: as in the network."""
+        network = self.network if remat is None else self.network.clone(remat=remat)
         options = self.options | options | {"mesh": self.mesh}
         return training.get_train_step(network, self.optimizer, LatentScale(2.5), **options)
 
@@ -150,8 +151,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     fields, recipe = rows.TINY if options.tiny else rows.SEED, None
     if options.recipe:
+        options.rows = "ours" if options.rows == ROWS else options.rows
         if "torch" in options.rows:
             parser.error(f"with --recipe all rows are ours, got {options.rows}")
+        if options.recipe not in (known := sorted(path.stem for path in CONFIGS.glob("*.py"))):
+            parser.error(f"--recipe must be one of {', '.join(known)}, got {options.recipe}")
         recipe = importlib.import_module(f"configs.{options.recipe}").get_config()
         fields = recipe.network.to_dict() | ({"widths": (16, 32)} if options.tiny else {})
     trainer = Trainer(fields, sharding.get_mesh("data", jax.devices()[:1]), recipe)

@@ -69,6 +69,8 @@ def attend(
 ) -> tuple[Float[Array, "b n c"], Float[Array, " heads b*n"]]:
     """softmax((k + key_bias) q^T / divisor) v, the softmax over all n places of q, in float32.
 
+    Samples of fewer than ROWS places share blocks: a number that is not finite spoils its block's.
+
     Args:
         projected: queries (i channels), keys (i) and values (c) side by side, in each of which the
             channels of a head lie together; sizes that `fits`.
@@ -128,7 +130,7 @@ def _call(kernel, projected, key_bias, *more, shapes, sizes):
 
 def _forward(projected, key_bias, out, log_sums, *, sizes):
     """Of samples that a block holds as a whole."""
-    mine, rows = _Mine(sizes, projected, key_bias), _get_rows()
+    mine, rows = _Head(sizes, projected, key_bias), _get_rows()
     weights, logs = _get_weights(mine.keys(rows), mine.queries(rows), rows, sizes)
     for i, values in enumerate(mine.values(rows)):
         mine.put(out, rows, i, tiles.dot(weights.astype(values.dtype), values))
@@ -137,7 +139,7 @@ def _forward(projected, key_bias, out, log_sums, *, sizes):
 
 def _forward_by_windows(projected, key_bias, out, log_sums, *, sizes):
     """Of a part of a sample, with a softmax from window to window (Milakov & Gimelshein 2018)."""
-    mine, rows = _Mine(sizes, projected, key_bias), _get_rows()
+    mine, rows = _Head(sizes, projected, key_bias), _get_rows()
     keys, start = mine.keys(rows), _get_start(sizes.n)
 
     def look(step, carry):
@@ -159,7 +161,7 @@ def _forward_by_windows(projected, key_bias, out, log_sums, *, sizes):
 
 
 def _backward(projected, key_bias, query_bias, dy, out, *, sizes):
-    mine, dtype, rows = _Mine(sizes, projected, key_bias), dy.dtype, _get_rows()
+    mine, dtype, rows = _Head(sizes, projected, key_bias), dy.dtype, _get_rows()
     keys, queries = mine.keys(rows), mine.queries(rows)
     weights, _ = _get_weights(keys, queries, rows, sizes)
     rounded = weights.astype(dtype).T
@@ -175,7 +177,7 @@ def _backward(projected, key_bias, query_bias, dy, out, *, sizes):
 
 def _backward_by_windows(projected, key_bias, query_bias, dy, y, log_sums, out, *, sizes):
     """The gradients of a block's keys, then those of its queries and values."""
-    mine, rows, start = _Mine(sizes, projected, key_bias), _get_rows(), _get_start(sizes.n)
+    mine, rows, start = _Head(sizes, projected, key_bias), _get_rows(), _get_start(sizes.n)
 
     def load(rows):
         """Keys, queries, values, dy, the sums over a row of y dy; logarithms of a row's sum."""
@@ -221,7 +223,7 @@ def _backward_by_windows(projected, key_bias, query_bias, dy, y, log_sums, out, 
         mine.put(out, rows, i, d, before=2 * sizes.inner)
 
 
-class _Mine:
+class _Head:
     """A block's head: where its channels are, in projections and in results.
 
     Tiles have powers of two channels, at least 16: a head's are filled up with zeros.
@@ -229,6 +231,7 @@ class _Mine:
 
     def __init__(self, sizes: Sizes, projected: Any, key_bias: Any):
         self.sizes, self.projected, self.key_bias = sizes, projected, key_bias
+        # A constant for one head, whose kernels are then those of one head alone.
         self.head = pl.program_id(1) if sizes.heads > 1 else 0
         self._of_keys = self.head * sizes.keys
 

@@ -127,15 +127,14 @@ class ResidualBlock(nn.Module):
             h = conv(norm()(name="norm")(x), kernel_0)
         dropout = Dropout(self.dropout, self.axis_name)
         if self.norm == "group" and embedding is not None:
-            factor, offset = self._get_film(embedding)
             keep = dropout.draw_keep(h.shape, train=train)
-            terms = Terms(bias_0, factor, offset, keep)
+            terms = Terms(bias_0, *self._get_film(embedding), keep)
             h = group_norm(h, terms, swish=True, gain=dropout.gain, by_kernels=train)
         else:
             h = h if self.norm == "batch" else add_bias(h, bias_0)
             if embedding is not None:
-                factor, offset = (x[:, None, None] for x in self._get_film(embedding))
-                h = factor * norm()(name="norm_film")(h) + offset
+                scale, shift = (x[:, None, None] for x in self._get_film(embedding))
+                h = scale * norm()(name="norm_film")(h) + shift
             h = dropout(nn.swish(h), train=train)
         return add_bias(conv(h, kernel_1), bias_1 + bias) + residual
 

@@ -2,7 +2,8 @@
 
 A block of threads works on some groups of a sample, and so reads a map from memory once, forward
 and back. XLA reads it for the statistics and again for the result, and writes bias, norm,
-activation and dropout apart. Gradients are worked out from the map and the terms alone.
+activation and dropout apart. Gradients are worked out from the map, the terms and two numbers of
+each group.
 """
 
 from functools import partial
@@ -15,23 +16,26 @@ from jaxtyping import Array, Bool, Float
 
 from ldm_jax import tiles
 
-FEWEST, MOST = 64, 256  # Positions of a map. Of smaller maps XLA's kernels are as fast.
+GROUP_SIZE = 16
+EPSILON = 1e-5
+# Positions of a map: 8 x 8 and 16 x 16 are measured to gain, 4 x 4 to lose, others not measured.
+FEWEST, MOST = 64, 256
 ROWS = 64  # Positions that a block of threads works on at once.
 CHANNELS = 64  # Of a block, at most.
 
 
 class Terms(NamedTuple):
-    """What a norm is surrounded by: keep swish(factor v + offset), v the norm of x + bias.
+    """What a norm is surrounded by: keep gain swish(scale v + shift), v the norm of x + bias.
 
     Attributes:
         bias: None for 0.
-        factor, offset: None for 1 and 0; both or none.
+        scale, shift: for each sample; None for 1 and 0, both or none.
         keep: where False, the result is 0; None for everywhere.
     """
 
     bias: Float[Array, " c"] | None = None
-    factor: Float[Array, "b c"] | None = None
-    offset: Float[Array, "b c"] | None = None
+    scale: Float[Array, "b c"] | None = None
+    shift: Float[Array, "b c"] | None = None
     keep: Bool[Array, "b h w c"] | None = None
 
 
@@ -39,22 +43,18 @@ class Settings(NamedTuple):
     """The rest of it.
 
     Attributes:
-        group: channels of a group.
-        epsilon: is added to the variance.
         swish: x sigmoid(x); False for x.
-        gain: that what is kept is multiplied by.
+        gain: see `Terms`.
     """
 
-    group: int
-    epsilon: float
     swish: bool = False
     gain: float = 1.0
 
 
-def can_run(x: Float[Array, "b *n c"], group: int) -> bool:
+def can_run(x: Float[Array, "b *n c"]) -> bool:
     """Whether there are kernels for such a map, and this process has a GPU for them."""
     _, n, _ = _get_shape(x)
-    fit = n & (n - 1) == 0 and FEWEST <= n <= MOST and group in (16, 32)
+    fit = n & (n - 1) == 0 and FEWEST <= n <= MOST
     return fit and x.dtype == jnp.bfloat16 and tiles.are_possible()
 
 
@@ -64,32 +64,32 @@ def normalise(
     """Of a map that `can_run`, what `Terms` says, in float32 and then in the dtype of x.
 
     Returns:
-        The result; each group's mean, with the bias, and 1 / sqrt(variance + epsilon).
+        The result; each group's mean, of x + bias, and 1 / sqrt(variance + EPSILON).
     """
     b, _, c = shape = _get_shape(x)
-    groups = (b, c // settings.group), jnp.float32
+    groups = (b, c // GROUP_SIZE), jnp.float32
     shapes = [(shape, x.dtype), groups, groups]
-    y, mean, factor = _call(_forward, shapes, x, terms, settings=settings)
-    return y.reshape(x.shape), mean, factor
+    y, mean, rstd = _call(_forward, shapes, x, terms, settings=settings)
+    return y.reshape(x.shape), mean, rstd
 
 
 def get_gradient(
     x: Float[Array, "b h w c"],
     terms: Terms,
     mean: Float[Array, "b g"],
-    factor: Float[Array, "b g"],
+    rstd: Float[Array, "b g"],
     dy: Float[Array, "b h w c"],
     settings: Settings,
 ) -> tuple[Array, Terms]:
     """The gradients of x and of the terms, from that of the result; None for `keep`.
 
     Args:
-        mean, factor: that `normalise` returned.
+        mean, rstd: that `normalise` returned.
     """
     b, _, c = shape = _get_shape(x)
-    names = [name for name in ("bias", "factor", "offset") if getattr(terms, name) is not None]
+    names = [name for name in ("bias", "scale", "shift") if getattr(terms, name) is not None]
     shapes = [(shape, x.dtype), *(((b, c), jnp.float32) for _ in names)]
-    arguments = mean, factor, dy.reshape(shape)
+    arguments = mean, rstd, dy.reshape(shape)
     d_x, *sums = _call(_backward, shapes, x, terms, *arguments, settings=settings)
     d_terms = dict(zip(names, sums, strict=True))
     if "bias" in d_terms:
@@ -119,7 +119,7 @@ def _call(kernel, shapes, x, terms, *more, settings):
 
 
 def _forward(x, *refs, names, size, settings):
-    *terms, out, means, factors = refs
+    *terms, out, means, rstds = refs
     part = _Part(size, dict(zip(names, terms, strict=True)), settings)
     near = part.load_first(x)  # Sums of distances from some position keep their digits.
 
@@ -132,26 +132,26 @@ def _forward(x, *refs, names, size, settings):
     mean = part.average_channels(near + total)
     away = near - part.spread(mean)
     variance = part.average_channels(squares + 2 * away * total + jnp.square(away))
-    factor = jax.lax.rsqrt(jnp.maximum(variance, 0) + settings.epsilon)
-    means[part.groups], factors[part.groups] = mean, factor
-    center, factor = part.bias - part.spread(mean), part.spread(factor)
+    rstd = jax.lax.rsqrt(jnp.maximum(variance, 0) + EPSILON)
+    means[part.groups], rstds[part.groups] = mean, rstd
+    center, rstd = part.bias - part.spread(mean), part.spread(rstd)
 
     def finish(step):
-        y = part.modulate((part.load(x, step) + center) * factor)
+        y = part.modulate((part.load(x, step) + center) * rstd)
         part.store(out, step, part.drop(y * jax.nn.sigmoid(y) if settings.swish else y, step))
 
     part.for_all_positions(finish)
 
 
-def _backward(x, means, factors, dy, *refs, names, size, settings):
+def _backward(x, means, rstds, dy, *refs, names, size, settings):
     terms, (d_x, *sums) = refs[: len(names)], refs[len(names) :]
     part = _Part(size, dict(zip(names, terms, strict=True)), settings)
     center = part.bias - part.spread(means[part.groups])
-    factor, with_bias = part.spread(factors[part.groups]), "bias" in names
+    rstd, with_bias = part.spread(rstds[part.groups]), "bias" in names
 
     def differentiate(step):
         """The norm, and the gradient of what it is turned to before the swish."""
-        v, d_y = (part.load(x, step) + center) * factor, part.drop(part.load(dy, step), step)
+        v, d_y = (part.load(x, step) + center) * rstd, part.drop(part.load(dy, step), step)
         if settings.swish:
             y = part.modulate(v)
             s = jax.nn.sigmoid(y)
@@ -162,18 +162,18 @@ def _backward(x, means, factors, dy, *refs, names, size, settings):
         v, d_y = differentiate(step)
         return (d_y, d_y * v, v) if with_bias else (d_y, d_y * v)
 
-    d_offset, d_factor, *v_mean = part.average_positions(add_up, 3 if with_bias else 2)
-    mean = part.spread(part.average_channels(part.factor * d_offset))
-    slope = part.spread(part.average_channels(part.factor * d_factor))
+    d_shift, d_scale, *v_mean = part.average_positions(add_up, 3 if with_bias else 2)
+    mean = part.spread(part.average_channels(part.scale * d_shift))
+    slope = part.spread(part.average_channels(part.scale * d_scale))
 
     def finish(step):
         v, d_y = differentiate(step)
-        part.store(d_x, step, factor * (part.factor * d_y - mean - v * slope))
+        part.store(d_x, step, rstd * (part.scale * d_y - mean - v * slope))
 
     part.for_all_positions(finish)
-    gradients = [d_factor, d_offset] if "factor" in names else []
+    gradients = [d_scale, d_shift] if "scale" in names else []
     if with_bias:
-        d_bias = factor * (part.factor * d_offset - mean - v_mean[0] * slope)
+        d_bias = rstd * (part.scale * d_shift - mean - v_mean[0] * slope)
         gradients.insert(0, d_bias)
     for ref, gradient in zip(sums, gradients, strict=True):
         ref[part.channels] = gradient[0] * size[0]
@@ -187,7 +187,7 @@ class _Part:
 
     Attributes:
         channels, groups: where arrays of a number for each channel or group have this part's.
-        bias, factor, offset: the terms' numbers for each channel, in a row.
+        bias, scale, shift: the terms' numbers for each channel, in a row.
     """
 
     def __init__(self, size: tuple[int, int], terms: dict[str, Any], settings: Settings):
@@ -195,15 +195,15 @@ class _Part:
         self.rows = min(self.positions, ROWS)
         self.steps, self.size = self.positions // self.rows, (self.rows, channels)
         self.sample, part = pl.program_id(0), pl.program_id(1)
-        groups = channels // settings.group
+        groups = channels // GROUP_SIZE
         self.channels = self.sample, part * channels + jnp.arange(channels)
         self.groups = self.sample, part * groups + jnp.arange(groups)
         self.settings, self.keep = settings, terms.get("keep")
         self.bias = terms["bias"][self.channels[1]][None] if "bias" in terms else 0.0
-        self.factor, self.offset = 1.0, 0.0
-        if "factor" in terms:
-            both = (terms[name][self.channels][None] for name in ("factor", "offset"))
-            self.factor, self.offset = (x.astype(jnp.float32) for x in both)
+        self.scale, self.shift = 1.0, 0.0
+        if "scale" in terms:
+            both = (terms[name][self.channels][None] for name in ("scale", "shift"))
+            self.scale, self.shift = (x.astype(jnp.float32) for x in both)
         self._kept: dict[int, Array] = {}
 
     def _at(self, step):
@@ -227,11 +227,11 @@ class _Part:
 
     def average_channels(self, x):
         """A row of a number for each channel => their mean over each group."""
-        return jnp.sum(x.reshape(-1, self.settings.group), axis=1) / self.settings.group
+        return jnp.sum(x.reshape(-1, GROUP_SIZE), axis=1) / GROUP_SIZE
 
     def spread(self, groups):
         """A number for each group => a row of that of each channel's."""
-        return jnp.broadcast_to(groups[:, None], (len(groups), self.settings.group)).reshape(1, -1)
+        return jnp.broadcast_to(groups[:, None], (len(groups), GROUP_SIZE)).reshape(1, -1)
 
     def average_positions(self, get, count):
         """Means over all positions, in rows, of the `count` maps that `get` makes of a step's."""
@@ -250,7 +250,7 @@ class _Part:
             jax.lax.fori_loop(0, jnp.int32(self.steps), lambda step, _: do(step), None)
 
     def modulate(self, v):
-        return v * self.factor + self.offset
+        return v * self.scale + self.shift
 
     def drop(self, x, step):
         """What is kept, times the gain."""

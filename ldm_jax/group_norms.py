@@ -10,21 +10,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ldm_jax import group_kernels
-from ldm_jax.group_kernels import Settings, Terms
+from ldm_jax.group_kernels import EPSILON, GROUP_SIZE, Settings, Terms
 from ldm_jax.sums import add_bias, repeat
-
-GROUP_SIZE = 16
-EPSILON = 1e-5
 
 
 class GroupNorm(nn.Module):
-    """The norm of x + bias, times a scale and with a bias of each channel, where it has these.
+    """The norm of x + bias, times a scale and with a shift of each channel, where it has these.
+
+    Its variables are linen's: the shift is called "bias" there.
 
     Attributes:
-        affine: whether it has them.
+        affine: whether it has scale and shift.
         dtype: of the result.
         per_token: whether each position of a sequence is a sample.
         by_kernels: see `group_norm`.
@@ -42,13 +41,11 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         x = x.astype(self.dtype)
         flat = x.reshape(-1, channels) if self.per_token else x
-        factor: Any = None
-        offset: Any = None
+        terms = Terms(bias)
         if self.affine:
-            factor = self.param("scale", nn.initializers.ones, (channels,))
-            offset = self.param("bias", nn.initializers.zeros, (channels,))
-            factor, offset = repeat(factor, len(flat)), repeat(offset, len(flat))
-        terms = Terms(bias, factor, offset)
+            scale = self.param("scale", nn.initializers.ones, (channels,))
+            shift = self.param("bias", nn.initializers.zeros, (channels,))
+            terms = Terms(bias, repeat(scale, len(flat)), repeat(shift, len(flat)))
         return group_norm(flat, terms, by_kernels=self.by_kernels).reshape(x.shape)
 
 
@@ -64,13 +61,20 @@ def group_norm(
 
     Args:
         x: the map; GROUP_SIZE divides its channels.
-        terms: bias and factors as vectors or for each sample, see `Terms`.
+        terms: see `Terms`.
         swish, gain: see `Settings`.
         by_kernels: whether kernels of our own may do it, where they can. XLA alone splits arrays
             over devices by itself.
+
+    Raises:
+        ValueError: for a scale without a shift, a shift without a scale, or another shape of them.
     """
-    settings = Settings(GROUP_SIZE, EPSILON, swish, gain)
-    if by_kernels and group_kernels.can_run(x, GROUP_SIZE):
+    shapes = [None if term is None else term.shape for term in (terms.scale, terms.shift)]
+    if shapes not in ([None] * 2, [(len(x), x.shape[-1])] * 2):
+        expected = len(x), x.shape[-1]
+        raise ValueError(f"scale and shift must have shape {expected}, or be None, got {shapes}")
+    settings = Settings(swish, gain)
+    if by_kernels and group_kernels.can_run(x):
         return _by_kernels(x, terms, settings)
     return _by_xla(x, terms, settings)
 
@@ -79,17 +83,22 @@ def _by_xla(x, terms, settings):
     if terms.bias is not None:
         x = add_bias(x, terms.bias)
     rows = (len(x),) + (1,) * (x.ndim - 2) + (-1,)
-    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, settings.group)
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, GROUP_SIZE)
     axes = (*range(1, x.ndim - 1), x.ndim)
     mean, square = (jnp.mean(g, axes, keepdims=True) for g in (groups, jnp.square(groups)))
-    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + settings.epsilon)
-    y = ((groups - mean) * factor).reshape(x.shape)
-    if terms.factor is not None and terms.offset is not None:
+    rstd = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + EPSILON)
+    y = ((groups - mean) * rstd).reshape(x.shape)
+    if terms.scale is not None and terms.shift is not None:
         # The weights' in float32; of what a network makes of its conditioning, in its dtype.
-        y = y.astype(terms.factor.dtype) * terms.factor.reshape(rows) + terms.offset.reshape(rows)
+        y = y.astype(terms.scale.dtype) * terms.scale.reshape(rows) + terms.shift.reshape(rows)
     y = y.astype(x.dtype)
     y = nn.swish(y) if settings.swish else y
-    return y if terms.keep is None else jnp.where(terms.keep, y * settings.gain, 0)
+    return y if terms.keep is None else drop(y, terms.keep, settings.gain)
+
+
+def drop(x: Array, keep: Bool[Array, "..."], gain: float) -> Array:
+    """x times the gain, which is not rounded to its dtype, or 0."""
+    return jnp.where(keep, x.astype(jnp.float32) * gain, 0).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -101,20 +110,20 @@ def _by_kernels(x, terms, settings) -> Array:
 def _by_kernels_forward(x, terms, settings) -> tuple[Array, Any]:
     def by_xla(x, terms):
         unused = jnp.zeros_like(x, jnp.float32).reshape(len(x), -1)
-        unused = unused[:, : x.shape[-1] // settings.group]
+        unused = unused[:, : x.shape[-1] // GROUP_SIZE]
         return _by_xla(x, terms, settings), unused, unused
 
     by_kernels = partial(group_kernels.normalise, settings=settings)
-    y, mean, factor = jax.lax.platform_dependent(x, terms, cuda=by_kernels, default=by_xla)
-    return y, (x, terms, mean, factor)
+    y, mean, rstd = jax.lax.platform_dependent(x, terms, cuda=by_kernels, default=by_xla)
+    return y, (x, terms, mean, rstd)
 
 
 def _by_kernels_backward(settings, saved, dy) -> tuple[Array, Terms]:
-    def by_kernels(x, terms, mean, factor, dy):
-        dx, d_terms = group_kernels.get_gradient(x, terms, mean, factor, dy, settings)
+    def by_kernels(x, terms, mean, rstd, dy):
+        dx, d_terms = group_kernels.get_gradient(x, terms, mean, rstd, dy, settings)
         return dx, _like(d_terms, terms)
 
-    def by_xla(x, terms, mean, factor, dy):
+    def by_xla(x, terms, mean, rstd, dy):
         shared = terms._replace(keep=None)
         run = lambda x, shared: _by_xla(x, shared._replace(keep=terms.keep), settings)  # noqa: E731
         return jax.vjp(run, x, shared)[1](dy)

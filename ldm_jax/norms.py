@@ -13,9 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt16
 
-from ldm_jax.group_norms import GroupNorm
+from ldm_jax.group_norms import GroupNorm, drop
 from ldm_jax.sums import column_sums
 
 NORMS = ("batch", "group", "rms")
@@ -32,7 +32,7 @@ def get_norm(
     apart: bool = False,
     axis_name: Any = None,
 ) -> Any:
-    """The layer that `norm` names, its habits set: partial of BatchNorm, nn.GroupNorm, nn.RMSNorm.
+    """The layer that `norm` names, its habits set: partial of BatchNorm, GroupNorm, nn.RMSNorm.
 
     "rms" divides each position's channels by their root mean square and multiplies by a scale for
     each channel; it subtracts no mean and adds no bias (Zhang & Sennrich 2019, eq. 4).
@@ -273,7 +273,7 @@ class Dropout(nn.Module):
 
     def __call__(self, x: Float[Array, "b ..."], *, train: bool = False) -> Float[Array, "b ..."]:
         keep = self.draw_keep(x.shape, train=train)
-        return x if keep is None else jnp.where(keep, x * self.gain, 0)
+        return x if keep is None else drop(x, keep, self.gain)
 
     def draw_keep(self, shape: tuple[int, ...], *, train: bool) -> Bool[Array, "b ..."] | None:
         """What is kept of maps of a shape (b, ...), to be multiplied by `gain`; None for all."""
@@ -289,10 +289,10 @@ class Dropout(nn.Module):
     @property
     def _dropped(self):
         """Of 2^16 random numbers."""
-        return round(self.rate * 2**16)
+        return min(round(self.rate * 2**16), 2**16 - 1)
 
 
-def draw_halves(key: PRNGKeyArray, shape: tuple[int, ...]) -> Int[Array, "..."]:
+def draw_halves(key: PRNGKeyArray, shape: tuple[int, ...]) -> UInt16[Array, "..."]:
     """Random numbers of 16 bits, two from each word of 32: JAX makes a word for each.
 
     The words take longer to make than a map to read and write.

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import jax
@@ -71,7 +73,7 @@ def store(at: Any, y: Array, rows: Array, total: int, columns: Array | None = No
     if total % len(rows):
         masks.append(rows < total if y.ndim == 1 else (rows < total)[:, None])
     masks = [jnp.broadcast_to(mask, y.shape) for mask in masks]
-    triton.store(at, y, mask=masks[0] & masks[-1] if masks else None)
+    triton.store(at, y, mask=reduce(and_, masks) if masks else None)
 
 
 def dot(a: Array, b: Array) -> Array:

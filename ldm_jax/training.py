@@ -203,7 +203,7 @@ def get_train_step(
         ema_decay: of the averaged weights.
         accumulate: parts that a device's batch is worked through in, see accumulation.py.
         loss, loss_weighting, huber_delta, min_snr_gamma: see `Objective`.
-        mesh: over which state and batch are spread, see sharding.py; None leaves it to XLA.
+        mesh: over which state and batch are spread, see sharding.py; None for one device.
         parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
         reduce_dtype: in which the devices add up gradients.
 

@@ -16,7 +16,7 @@ from ldm_jax.blocks import (
     sinusoidal_embedding,
 )
 from ldm_jax.conditioning import Condition, attend_to_token
-from ldm_jax.group_norms import GROUP_SIZE
+from ldm_jax.group_kernels import GROUP_SIZE
 from ldm_jax.initial import Conv, Dense
 from ldm_jax.norms import NORMS
 from ldm_jax.parts import matmul

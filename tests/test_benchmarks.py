@@ -107,15 +107,18 @@ def test_train_step_times_ours_beside_pytorch_and_goes_on_after_errors(tmp_path)
 
 @pytest.mark.slow
 def test_train_step_times_a_recipe(tmp_path):
-    arguments = "--batch_sizes=4", "--rows=ours", "--recipe=emoji"
+    arguments = "--batch_sizes=4", "--recipe=emoji"
     [row] = run_rows("train_step", tmp_path, *arguments)
     assert row["work"] == "ours" and row["ms"] > 0
 
 
-def test_train_step_refuses_pytorch_s_rows_of_a_recipe(capsys):
+def test_train_step_refuses_pytorch_s_rows_of_a_recipe_and_unknown_recipes(capsys):
     with pytest.raises(SystemExit):
         train_step.main(["--tiny", "--recipe=emoji", "--rows=ours,torch-one-eager"])
     assert "all rows are ours, got ours,torch-one-eager" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train_step.main(["--tiny", "--recipe=emojis"])
+    assert "must be one of demo, emoji, guide, seed, tiny, got emojis" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -175,6 +175,23 @@ def test_dropout_zeroes_activations_in_training_alone():
     assert np.mean(np.abs(train(0) - train(1))) > 0.1
 
 
+@pytest.mark.parametrize("norm", ["group", "rms"])
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_a_block_drops_its_share_of_activations_and_raises_the_others(norm, conditioned):
+    x, embedding = draw(4, 8, 8, 16), draw(4, 6, seed=1) if conditioned else None
+    layer = ResidualBlock(16, dropout=0.3, norm=norm)
+    variables = init(layer, x, embedding)
+    params = jax.tree.map(lambda w: w + 0.3 * draw(*w.shape, seed=2), variables["params"])
+    # The second convolution hands on what it gets, so that the block adds the activations to x.
+    params["conv_1"] = {"kernel": np.zeros((3, 3, 16, 16), np.float32), "bias": np.zeros(16)}
+    params["conv_1"]["kernel"][1, 1] = np.eye(16)
+    apply = lambda **options: layer.apply({"params": params}, x, embedding, **options) - x  # noqa: E731
+    whole, some = apply(), apply(train=True, rngs={"dropout": jax.random.key(0)})
+    kept = np.abs(some) > 1e-6
+    np.testing.assert_allclose(some[kept], whole[kept] / 0.7, rtol=1e-3, atol=1e-5)
+    assert abs(np.mean(kept) - 0.7) < 0.02
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("norm", ["batch", "group"])
 @pytest.mark.parametrize("heads", [1, 2])

@@ -55,8 +55,8 @@ def create_terms(shape, names, dtype):
     b, *_, c = shape
     made = {
         "bias": draw(c, seed=2),
-        "factor": jnp.asarray(draw(b, c, seed=3), dtype),
-        "offset": jnp.asarray(draw(b, c, seed=4), dtype),
+        "scale": jnp.asarray(draw(b, c, seed=3), dtype),
+        "shift": jnp.asarray(draw(b, c, seed=4), dtype),
         "keep": draw(*shape, seed=5) > -1,
     }
     return Terms(**{name: made[name] for name in names})
@@ -71,17 +71,17 @@ def norm_literally(x, terms, swish, gain):
             part = x[sample, ..., first : first + GROUP_SIZE]
             v = (part - part.mean()) / np.sqrt(part.var() + EPSILON)
             y[sample, ..., first : first + GROUP_SIZE] = v
-    if terms.factor is not None:
-        y = y * np.float64(terms.factor)[:, None, None] + np.float64(terms.offset)[:, None, None]
+    if terms.scale is not None:
+        y = y * np.float64(terms.scale)[:, None, None] + np.float64(terms.shift)[:, None, None]
     y = y / (1 + np.exp(-y)) if swish else y
     return y if terms.keep is None else np.where(terms.keep, y * gain, 0)
 
 
 SETS = [
     (),
-    ("factor", "offset"),
-    ("bias", "factor", "offset"),
-    ("bias", "factor", "offset", "keep"),
+    ("scale", "shift"),
+    ("bias", "scale", "shift"),
+    ("bias", "scale", "shift", "keep"),
 ]
 OPTIONS = {"swish": True, "gain": 1.25}
 
@@ -97,7 +97,7 @@ def test_xla_does_what_the_terms_say(names):
 @pytest.fixture
 def by_kernels(monkeypatch):
     """Runs the branch for a GPU of our kernels, of any dtype, in Pallas' interpreter."""
-    monkeypatch.setattr(group_kernels, "can_run", lambda x, group: True)
+    monkeypatch.setattr(group_kernels, "can_run", lambda x: True)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: cuda(*x))
 
 
@@ -140,7 +140,8 @@ def test_kernels_round_less_than_xla_does(by_kernels):
     chex.assert_trees_all_equal_shapes_and_dtypes(found, xla)
     for mine, others, exact in zip(*map(jax.tree.leaves, (found, xla, exact)), strict=True):
         mine, others = (np.linalg.norm(np.float32(x) - exact) for x in (mine, others))
-        assert mine < 1.05 * others
+        # Sums over many numbers hang on the numbers' rounding, the same for both.
+        assert mine < (0.9 if exact.ndim == 4 else 1.05) * others
 
 
 @needs_triton
@@ -162,22 +163,36 @@ def test_kernels_map_over_batches(by_kernels):
 
 
 @pytest.mark.parametrize(
-    "shape, group, dtype, fit",
+    "shape, dtype, fit",
     [
-        ((2, 16, 16, 192), 16, "bfloat16", True),
-        ((2, 8, 8, 16), 16, "bfloat16", True),
-        ((2, 16, 16, 192), 16, "float32", False),
-        ((2, 1, 1, 192), 16, "bfloat16", False),  # Tokens' values.
-        ((2, 192), 16, "bfloat16", False),
-        ((2, 4, 4, 192), 16, "bfloat16", False),
-        ((2, 32, 32, 192), 16, "bfloat16", False),
+        ((2, 16, 16, 192), "bfloat16", True),
+        ((2, 8, 8, 16), "bfloat16", True),
+        ((2, 16, 16, 192), "float32", False),
+        ((2, 1, 1, 192), "bfloat16", False),  # Tokens' values.
+        ((2, 192), "bfloat16", False),
+        ((2, 12, 12, 192), "bfloat16", False),
+        ((2, 4, 4, 192), "bfloat16", False),
+        ((2, 32, 32, 192), "bfloat16", False),
     ],
 )
-def test_kernels_refuse_what_they_are_not_for(monkeypatch, shape, group, dtype, fit):
+def test_kernels_refuse_what_they_are_not_for(monkeypatch, shape, dtype, fit):
     x = jax.ShapeDtypeStruct(shape, dtype)
-    assert not group_kernels.can_run(x, group)  # Without a GPU.
+    assert not group_kernels.can_run(x)  # Without a GPU.
     monkeypatch.setattr(tiles, "are_possible", lambda: True)
-    assert group_kernels.can_run(x, group) == fit
+    assert group_kernels.can_run(x) == fit
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        Terms(scale=np.ones((2, 32))),
+        Terms(shift=np.ones((2, 32))),
+        Terms(scale=np.ones(32), shift=np.ones(32)),
+    ],
+)
+def test_a_scale_without_a_shift_or_for_no_sample_is_refused(terms):
+    with pytest.raises(ValueError, match=r"scale and shift must have shape \(2, 32\), or be None"):
+        group_norm(draw(2, 4, 4, 32), terms)
 
 
 def spread_over_devices(x, terms, dy):
@@ -202,9 +217,9 @@ def spread_over_devices(x, terms, dy):
 
 
 def test_spread_by_hand_they_are_those_of_one_device(monkeypatch):
-    monkeypatch.setattr(group_kernels, "can_run", lambda x, group: True)
+    monkeypatch.setattr(group_kernels, "can_run", lambda x: True)
     x, dy = draw(16, 8, 8, 32), draw(16, 8, 8, 32, seed=1)
-    terms = create_terms(x.shape, ("bias", "factor", "offset"), np.float32)
+    terms = create_terms(x.shape, ("bias", "scale", "shift"), np.float32)
     found = jax.jit(spread_over_devices)(x, terms, dy)
     chex.assert_trees_all_close(found, derive(x, terms, dy, swish=True), rtol=1e-4, atol=1e-4)
 

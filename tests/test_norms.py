@@ -199,6 +199,21 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
     np.testing.assert_array_equal(Dropout(0.0).apply({}, x, train=True), x)
 
 
+def test_what_is_kept_is_not_made_larger_by_rounding():
+    layer, x = Dropout(0.15), jnp.bfloat16(1 + 0.9 * jnp.linspace(0, 1, 2**18)[None])
+    y = jax.jit(lambda x, key: layer.apply({}, x, train=True, rngs={"dropout": key}))
+    y = np.float64(y(x, jax.random.key(0)))
+    kept, x = y != 0, np.float64(x)
+    np.testing.assert_allclose(np.mean(y[kept] / x[kept]), 1 / 0.85, rtol=2e-4)
+
+
+@pytest.mark.parametrize("rate", [2.0**-20, 1 - 2.0**-20])
+def test_a_dropout_rate_beyond_its_digits_is_the_nearest(rate):
+    y = Dropout(rate).apply({}, jnp.ones((1, 50)), train=True, rngs={"dropout": jax.random.key(0)})
+    np.testing.assert_array_equal(np.isfinite(y), True)
+    assert np.mean(y == 0) == round(rate)
+
+
 @pytest.mark.parametrize("shape", [(1000, 64), (1000, 63), (20_000,)])
 def test_halves_of_random_words_are_uniform_and_do_not_go_together(shape):
     halves = np.int64(draw_halves(jax.random.key(0), shape))
