@@ -5,8 +5,10 @@ from contextlib import nullcontext
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 
+from ldm_jax import tiles
 from ldm_jax.encoding import encode_pictures
 from ldm_jax.pictures import Picture
 
@@ -100,7 +102,32 @@ def create_clip(folder):
     return model, vocabulary
 
 
-def pretend_gpu():
+needs_triton = pytest.mark.skipif(tiles.triton is None, reason="a JAX without Pallas' Triton")
+
+
+def as_on_a_gpu(monkeypatch):
+    """A process with a GPU, as far as it can be told before anything is compiled."""
+    monkeypatch.setattr(tiles, "are_possible", lambda: True)
+    monkeypatch.setattr(tiles, "interpret", lambda: False)
+
+
+def lower_for(run, arguments, platform="cuda"):
+    """The text of the program for a platform."""
+    with _pretend_gpu():
+        return jax.jit(run).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+def count_triton_calls(program):
+    """Calls of kernels by Triton in what `lower_for` gives."""
+    return program.count("__gpu$xla.gpu.triton")
+
+
+def count_lowered(run, arguments, platform="cuda"):
+    """Calls of kernels by Triton in the program for a platform."""
+    return count_triton_calls(lower_for(run, arguments, platform))
+
+
+def _pretend_gpu():
     """To lower for: JAX 0.11 wants to know which one, 0.10 takes any."""
     if jax.__version_info__ < (0, 11):
         return nullcontext()

@@ -93,7 +93,8 @@ def test_parts_give_the_numbers_of_the_whole_batch(
     assert expected["grad_norm"] > 0.1
     # Another dropout mask, noise or text would show in the second digit.
     if "dtype" in fields:
-        chex.assert_trees_all_close(metrics, expected, rtol=1e-2)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=5e-3)
+        np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-2)
         chex.assert_trees_all_close(state, expected_state, atol=2e-2)
     else:
         chex.assert_trees_all_close(metrics, expected, rtol=1e-5)

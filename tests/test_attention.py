@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from stand_ins import pretend_gpu
+from stand_ins import as_on_a_gpu, count_lowered, needs_triton
 
 from ldm_jax import attention, attention_kernels, group_kernels, tiles
 from ldm_jax.attention import attend, attend_projected
@@ -114,9 +114,6 @@ def test_what_is_projected_at_once_is_attended_to_as_its_parts_are(heads, scaled
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-needs_triton = pytest.mark.skipif(tiles.triton is None, reason="a JAX without Pallas' Triton")
-
-
 @pytest.fixture
 def by_kernels(monkeypatch):
     """Runs the branch for a GPU of our kernels, of any dtype, in Pallas' interpreter."""
@@ -183,7 +180,8 @@ def test_kernels_attend_as_xla_does_and_so_do_their_gradients(
     if dtype == "bfloat16":  # And they round no more than XLA's do.
         xla = derive(attention._attend_by_xla, *arguments)
         # The bias' gradient is nearly all rounding: it is zero for queries.
-        for mine, others, exact, most in zip(found, xla, expected, (1.2, 1.2, 1.8), strict=True):
+        bounds = 1.2, 1.2, 1.6 if heads == 1 else 1.8
+        for mine, others, exact, most in zip(found, xla, expected, bounds, strict=True):
             mine, others = (np.linalg.norm(np.float32(x - exact)) for x in (mine, others))
             assert mine < most * others
 
@@ -282,25 +280,12 @@ def test_spread_by_hand_they_are_those_of_one_device(monkeypatch):
         np.testing.assert_allclose(mine, exact, atol=1e-5 * np.abs(exact).max())
 
 
-def as_on_a_gpu(monkeypatch):
-    """A process with a GPU, as far as it can be told before anything is compiled."""
-    monkeypatch.setattr(tiles, "are_possible", lambda: True)
-    monkeypatch.setattr(tiles, "interpret", lambda: False)
-
-
-def lower(run, arguments, platform):
-    """Calls of kernels in the program for a platform."""
-    with pretend_gpu():
-        lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=(platform,))
-    return lowered.as_text().count("__gpu$xla.gpu.triton")
-
-
 @needs_triton
 def test_spread_by_hand_they_lower_to_kernels_on_a_gpu(monkeypatch):
     as_on_a_gpu(monkeypatch)
     shapes = [((16, 64, 160), "bfloat16"), ((32,), "float32"), ((16, 64, 128), "bfloat16")]
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    assert lower(spread_over_devices(attend_projected), arguments, "cuda") == 2
+    assert count_lowered(spread_over_devices(attend_projected), arguments) == 2
 
 
 def create_loss(latent_image_size, train=True, **fields):
@@ -346,6 +331,7 @@ def test_a_training_step_by_kernels_has_the_loss_and_gradients_of_one_by_xla(
     monkeypatch.setattr(group_kernels, "can_run", lambda x: False)
     none, expected = derive()
     assert (calls, none) == (kernels, 0)
+    chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-5 if size == 8 else 1e-4)
     for mine, exact in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         # Some gradients, as of queries' biases, are zero but for rounding.
         assert np.linalg.norm(mine - exact) < 1e-4 * (1 + np.linalg.norm(exact))
@@ -368,7 +354,7 @@ def test_a_training_step_attends_by_kernels_on_a_gpu_alone(monkeypatch, fields, 
     as_on_a_gpu(monkeypatch)
     loss, arguments = create_loss(16, **{"dtype": "bfloat16", **fields})
     step = jax.value_and_grad(loss, has_aux=True)
-    assert lower(step, arguments, "cuda") == kernels
-    assert lower(step, arguments, "cpu") == 0
+    assert count_lowered(step, arguments) == kernels
+    assert count_lowered(step, arguments, "cpu") == 0
     held_out, _ = create_loss(16, train=False, **{"dtype": "bfloat16", **fields})
-    assert lower(held_out, arguments, "cuda") == 0  # Its arrays may be split without shard_map.
+    assert count_lowered(held_out, arguments) == 0  # Its arrays may be split without shard_map.

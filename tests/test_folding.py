@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from stand_ins import pretend_gpu
+from stand_ins import count_triton_calls, lower_for
 
 from ldm_jax import estimating, folding, kernels, sampler, tiles
 from ldm_jax.noising import TARGETS, ForwardProcess
@@ -149,10 +149,8 @@ def as_on_a_gpu(monkeypatch):
 
 def count_operations(function, arguments, platform):
     """Of convolutions by XLA, and of kernels by Triton, in a program for this platform."""
-    with pretend_gpu():
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
-    text = lowered.as_text()
-    return [text.count(name) for name in ("stablehlo.convolution(", "__gpu$xla.gpu.triton")]
+    program = lower_for(function, arguments, platform)
+    return [program.count("stablehlo.convolution("), count_triton_calls(program)]
 
 
 def test_the_platform_of_a_program_decides_between_xla_and_kernels(as_on_a_gpu):

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from stand_ins import pretend_gpu
+from stand_ins import as_on_a_gpu, count_lowered, needs_triton
 
 from ldm_jax import group_kernels, tiles
 from ldm_jax.group_kernels import Terms
 from ldm_jax.group_norms import EPSILON, GROUP_SIZE, GroupNorm, group_norm
 from ldm_jax.sharding import AXES, get_mesh
-
-needs_triton = pytest.mark.skipif(tiles.triton is None, reason="a JAX without Pallas' Triton")
 
 
 def draw(*shape, seed=0):
@@ -39,16 +37,6 @@ def test_the_norm_and_its_weights_are_linen_s(affine, shape):
     weights = jax.tree.map(lambda w: draw(*w.shape, seed=1), theirs)
     found, expected = GroupNorm(affine).apply(weights, x), linen.apply(weights, x)
     np.testing.assert_allclose(found, expected, atol=1e-4)
-
-
-def test_tokens_are_normed_one_by_one():
-    x = draw(2, 5, 32)
-    found = GroupNorm(per_token=True).apply(
-        {"params": {"scale": np.ones(32, np.float32), "bias": np.zeros(32, np.float32)}}, x
-    )
-    groups = x.reshape(2, 5, 2, 16)
-    expected = (groups - groups.mean(-1, keepdims=True)) / groups.std(-1, keepdims=True)
-    np.testing.assert_allclose(found, expected.reshape(x.shape), atol=1e-4)
 
 
 def create_terms(shape, names, dtype):
@@ -226,11 +214,7 @@ def test_spread_by_hand_they_are_those_of_one_device(monkeypatch):
 
 @needs_triton
 def test_spread_by_hand_they_lower_to_kernels_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(tiles, "are_possible", lambda: True)
-    monkeypatch.setattr(tiles, "interpret", lambda: False)
+    as_on_a_gpu(monkeypatch)
     map_, row = (jax.ShapeDtypeStruct(shape, "bfloat16") for shape in ((16, 8, 8, 32), (16, 32)))
     terms = Terms(jax.ShapeDtypeStruct((32,), "float32"), row, row)
-    with pretend_gpu():
-        traced = jax.jit(spread_over_devices).trace(map_, terms, map_)
-        lowered = traced.lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 2
+    assert count_lowered(spread_over_devices, (map_, terms, map_)) == 2

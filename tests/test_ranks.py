@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stand_ins import pretend_gpu
+from stand_ins import as_on_a_gpu, count_lowered
 
 from ldm_jax import ranks, tiles
 
@@ -38,25 +38,18 @@ def test_a_percentile_is_that_of_numpy(monkeypatch, perc):
     np.testing.assert_allclose(ranks.percentile(x, perc), expected, rtol=1e-6)
 
 
-def count_kernels(function, x, platform="cuda"):
-    with pretend_gpu():
-        lowered = jax.jit(function).trace(x).lower(lowering_platforms=(platform,))
-    return lowered.as_text().count("__gpu$xla.gpu.triton")
-
-
 def test_the_kernel_is_for_short_ranks_of_float32_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(tiles, "are_possible", lambda: True)
-    monkeypatch.setattr(tiles, "interpret", lambda: False)
+    as_on_a_gpu(monkeypatch)
     array = jax.ShapeDtypeStruct((4, 1024), jnp.float32)
     find = lambda x: ranks.percentile(x, 99.5)  # noqa: E731
     pytest.importorskip("jax.experimental.pallas.triton", reason="a JAX without Pallas' Triton")
-    assert count_kernels(find, array) == 1
-    assert count_kernels(find, array, "cpu") == 0
-    assert count_kernels(jax.grad(lambda x: find(x).sum()), array) == 0
-    assert count_kernels(jax.vmap(find), jax.ShapeDtypeStruct((2, 4, 1024), jnp.float32)) == 1
-    assert count_kernels(lambda x: ranks.percentile(x, 50.0), array) == 0
-    assert count_kernels(find, jax.ShapeDtypeStruct((4, 768), jnp.float32)) == 0
-    assert count_kernels(find, jax.ShapeDtypeStruct((4, 1024), jnp.bfloat16)) == 0
+    assert count_lowered(find, [array]) == 1
+    assert count_lowered(find, [array], "cpu") == 0
+    assert count_lowered(jax.grad(lambda x: find(x).sum()), [array]) == 0
+    assert count_lowered(jax.vmap(find), [jax.ShapeDtypeStruct((2, 4, 1024), jnp.float32)]) == 1
+    assert count_lowered(lambda x: ranks.percentile(x, 50.0), [array]) == 0
+    assert count_lowered(find, [jax.ShapeDtypeStruct((4, 768), jnp.float32)]) == 0
+    assert count_lowered(find, [jax.ShapeDtypeStruct((4, 1024), jnp.bfloat16)]) == 0
 
 
 def test_gradients_are_those_of_the_two_numbers(monkeypatch):
