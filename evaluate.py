@@ -63,6 +63,7 @@ def evaluate(
     captions_per_group: int = 64,
     seed: int = 0,
     sampling: Mapping[str, Any] | None = None,
+    vae: str | None = None,
     features: str = "efflite0",
     clip: str = "",
     ends: bool = False,
@@ -74,7 +75,8 @@ def evaluate(
     The captions and the noise that each starts from depend on `seed` and the pictures alone, so
     that two checkpoints draw the same. With `ema` the weights are the average of that sigma_rel,
     made of the run's snapshots. `sampling` holds settings of `sampler.get_diffuser` that replace
-    the checkpoint's.
+    the checkpoint's. `vae` names an autoencoder whose decoder is taken in the place of the
+    training's; its encoder must be the same.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
@@ -94,6 +96,7 @@ def evaluate(
         pictures,
         captions_per_group,
         seed,
+        vae=vae,
         features=features,
         clip=clip,
         progress=progress,
@@ -133,6 +136,7 @@ def load_examinee(
     captions_per_group: int,
     seed: int,
     *,
+    vae: str | None = None,
     features: str = "efflite0",
     clip: str = "",
     progress: bool = True,
@@ -144,6 +148,7 @@ def load_examinee(
         checkpoint_folder: where it was, see `find_pictures`.
         pictures: folder of the real pictures; None: those that `find_pictures` finds.
         captions_per_group: see `quality.choose_captions`, as is `seed`.
+        vae: autoencoder to decode by, with the training's encoder; None: the training's.
         features: of `load_extractor`.
         clip: folder of a CLIP, or empty.
 
@@ -156,10 +161,10 @@ def load_examinee(
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
     listed = read_folder(folder)
     quality.choose_captions(listed, captions_per_group, seed)  # Raises before the long part.
-    vae = models.load_encoder(load_vae, model.meta["vae"])
+    autoencoder = models.load_encoder(load_vae, model.meta["vae"], vae)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
     shape = tuple(model.meta["latent_shape"])
-    size = shape[0] * vae.downsampling
+    size = shape[0] * autoencoder.downsampling
     exam = quality.create_exam(
         listed, extractor, size, captions_per_group, seed, clip_score, progress
     )
@@ -169,10 +174,12 @@ def load_examinee(
         "pictures": len(exam.pictures),
         "captions_per_group": captions_per_group,
         "seed": seed,
+        "vae": autoencoder.identity["name"],
+        "decoder_sha256": autoencoder.decoder_sha256,
     }
     model = model.convert(quality.in_float32_on_cpu)
     labels = {split: text_encoder(exam.captions(split)) for split in exam.chosen}
-    return Examinee(model, shape, vae, text_encoder, exam, labels, told)
+    return Examinee(model, shape, autoencoder, text_encoder, exam, labels, told)
 
 
 def draw_group(
@@ -240,6 +247,7 @@ def main(argv):
             captions_per_group=f.captions_per_group,
             seed=f.seed,
             sampling={k: v for k, v in sampling.items() if v is not None},
+            vae=f.vae,
             features=f.features,
             clip=f.clip,
             ends=f.ends,
@@ -266,6 +274,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", None, "noise levels; default: the checkpoint's")
     flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
     flags.DEFINE_float("guidance_style", None, "weight of its style; default: the checkpoint's")
+    flags.DEFINE_string("vae", None, "an autoencoder to decode by; default: the training's")
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
     flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")

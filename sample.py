@@ -49,6 +49,7 @@ def sample(
     guide_folder: str | Path | None = None,
     guide_step: str | int = "last",
     batch_size: int = 16,
+    vae: str | None = None,
     vae_dtype: str = "float32",
     **settings: Any,
 ) -> list[Path]:
@@ -58,9 +59,11 @@ def sample(
     The PNG files carry prompt, seed and settings as text; `settings` are arguments of
     `get_diffuser` in the place of the checkpoint's own. Guidance leads away from what a weaker
     checkpoint estimates, that in `guide_folder` or the checkpoint's own guide; from no text, where
-    there is none or `guide_folder` is NO_GUIDE; or from `negative_prompt`. With a `vae_dtype` of
-    "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures (the bundled VAE). With
-    `ema` the weights are the average of that sigma_rel, made of the run's snapshots.
+    there is none or `guide_folder` is NO_GUIDE; or from `negative_prompt`. `vae` names an
+    autoencoder whose decoder is taken in the place of the training's; its encoder must be the same.
+    With a `vae_dtype` of "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures
+    (the bundled VAE). With `ema` the weights are the average of that sigma_rel, made of the run's
+    snapshots.
 
     Raises:
         ValueError: for an empty or overlong prompt, seeds outside [0, 2^32), settings that do not
@@ -83,7 +86,7 @@ def sample(
     settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
-    vae = models.load_encoder(load_vae, model.meta["vae"], dtype=vae_dtype)
+    decoder = models.load_encoder(load_vae, model.meta["vae"], vae, dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
     labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
@@ -99,7 +102,7 @@ def sample(
         part = slice(i, i + batch_size)
         negative = None if negative_labels is None else negative_labels[part]
         latents = draw(noise[part], labels[part], negative, keys[part])
-        images.append(vae.decode(np.asarray(model.scale.restore(latents)), as_bytes=True))
+        images.append(decoder.decode(np.asarray(model.scale.restore(latents)), as_bytes=True))
     images = np.concatenate(images)
 
     out = Path(out).expanduser()
@@ -107,6 +110,7 @@ def sample(
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
     described |= {} if ema is None else {"ema": str(ema)}
+    described |= {"vae": decoder.identity["name"], "decoder_sha256": decoder.decoder_sha256}
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
     if model.guide:
         described["guide"] = f"{guide_folder}, step {guide_step}" if guide_folder else "its own"
@@ -153,6 +157,7 @@ def main(argv):
             guide_folder=f.guide,
             guide_step=f.guide_step,
             batch_size=f.batch_size,
+            vae=f.vae,
             vae_dtype=f.vae_dtype,
             **_get_settings(f),
         )
@@ -184,6 +189,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("guide_step", "last", "of the guide, as --step")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
+    flags.DEFINE_string("vae", None, "an autoencoder to decode by; default: the training's")
     flags.DEFINE_enum("vae_dtype", "float32", DTYPES, "of the decoding's computation")
     flags.DEFINE_string("out", "pictures", "folder for the PNG files")
     flags.mark_flag_as_required("prompt")

@@ -99,7 +99,7 @@ ROWS = (
     ),
     Row(
         "guided by a weaker network",
-        {"sampling.class_guidance": 2.0, "sampling.style_guidance": 2.0},
+        {"sampling.class_guidance": 3.0, "sampling.style_guidance": 3.5},
         {"steps": 1_200, "network.widths": (128, 160, 160), "optimizer.decay": "constant"},
     ),
 )

@@ -50,8 +50,8 @@ def get_config():
     config.training.translation = 0.5
     config.training.ema_decay = 0.9995
 
-    config.sampling.class_guidance = 2.0
-    config.sampling.style_guidance = 2.0
+    config.sampling.class_guidance = 3.0
+    config.sampling.style_guidance = 3.5
     config.sampling.mixture = "variance_preserving"
     config.sampling.method = "dpm_solver_pp_2m"
     config.sampling.schedule = "log_snr"

@@ -201,7 +201,7 @@ class LatentCache:
 
 
 def same_encoder(one: Mapping, other: Mapping) -> bool:
-    """Compares encoders by the digest of their weights if both are known, else by name."""
+    """Compares encoders by their digests if both are known, else by name."""
     if one.get("sha256") and other.get("sha256"):
         return one["sha256"] == other["sha256"]
     return one["name"] == other["name"]

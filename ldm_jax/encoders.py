@@ -10,7 +10,7 @@ import importlib.resources
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +31,26 @@ NEEDED = (
 # channels_last 59 and 64 ms.
 GPU_PIXELS, CPU_PIXELS = 2**20, 2**18
 DTYPES = ("float32", "bfloat16", "float16")
-# What decides the function that the weights compute. Other fields of a config.json differ between
+# What decides the functions that the weights compute. Other fields of a config.json differ between
 # releases of diffusers, or hold paths and scaling factors that are not applied here.
-ARCHITECTURE_FIELDS = tuple(
+ENCODER_FIELDS = tuple(
     "act_fn block_out_channels down_block_types in_channels latent_channels layers_per_block "
-    "mid_block_add_attention norm_num_groups out_channels up_block_types use_post_quant_conv "
-    "use_quant_conv".split()
+    "mid_block_add_attention norm_num_groups use_quant_conv".split()
 )
+DECODER_FIELDS = (*ENCODER_FIELDS, "out_channels", "up_block_types", "use_post_quant_conv")
+# What follows the latents.
+DECODER = ("decoder.", "post_quant_conv.")
 
 
 class VAE:
     """A loaded autoencoder; `load_vae` makes it.
 
     Attributes:
-        identity: name (what `load_vae` takes) and sha256 of architecture and weights. The digest is
-            the same on every machine, in every folder and file format; compare this, not the name.
+        identity: name (what `load_vae` takes) and sha256 of architecture and encoder. Latents hang
+            on nothing else: autoencoders that differ in the decoder, as stabilityai's sd-vae-ft-ema
+            and sd-vae-ft-mse, share caches and checkpoints. The digest is the same on every
+            machine, in every folder and file format; compare this, not the name.
+        decoder_sha256: the same of the decoder, by which pictures are told apart.
         latent_channels, downsampling: c of the latents, and H / h.
         device: where PyTorch computes.
     """
@@ -55,9 +60,9 @@ class VAE:
 
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype!r}")
-        # The digest is taken of the float32 weights, before they are rounded to `dtype`.
-        architecture = json.dumps([model.config[field] for field in ARCHITECTURE_FIELDS])
-        self.identity = {"name": name, "sha256": digest_weights(architecture, model)}
+        # The digests are taken of the float32 weights, before they are rounded to `dtype`.
+        self.identity = {"name": name, "sha256": _digest_half(model, ENCODER_FIELDS, False)}
+        self.decoder_sha256 = _digest_half(model, DECODER_FIELDS, True)
         self.latent_channels: int = model.config.latent_channels
         self.downsampling: int = 2 ** (len(model.config.block_out_channels) - 1)
         self.device = torch.device(device)
@@ -276,11 +281,17 @@ def _find(name: str) -> tuple[str, str]:
     raise FileNotFoundError(f"{name}: there is no such folder. {NEEDED}")
 
 
-def digest_weights(header: str, model: Any) -> str:
-    """sha256 over a header and every weight of a PyTorch model, as little-endian float32.
+def _digest_half(model: Any, fields: tuple[str, ...], behind_latents: bool) -> str:
+    named = model.named_parameters()
+    weights = [weight for key, weight in named if key.startswith(DECODER) == behind_latents]
+    return digest_weights(json.dumps([model.config[field] for field in fields]), weights)
+
+
+def digest_weights(header: str, weights: Iterable[Any]) -> str:
+    """sha256 over a header and PyTorch weights, as little-endian float32.
 
     Weights are taken by content, not by name or order: libraries rename them between releases.
     """
-    arrays = (weight.detach().float().cpu().numpy().astype("<f4") for weight in model.parameters())
+    arrays = (weight.detach().float().cpu().numpy().astype("<f4") for weight in weights)
     digests = (hashlib.sha256(f"{a.shape}".encode() + a.tobytes()).hexdigest() for a in arrays)
     return hashlib.sha256((header + "".join(sorted(digests))).encode()).hexdigest()

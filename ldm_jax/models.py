@@ -122,22 +122,27 @@ def load_model(
     return model.guided_by(load_model(folder)) if folder.is_dir() else model
 
 
-def load_encoder(load: Callable, identity: Mapping, **options: Any) -> Any:
-    """Loads an encoder by its name and makes sure that its weights are those of the training.
+def load_encoder(load: Callable, identity: Mapping, name: str | None = None, **options: Any) -> Any:
+    """Loads an encoder by its name and makes sure that it is the one of the training.
+
+    Of an autoencoder that says nothing of the decoder. One whose digest the training did not know
+    is taken as it is.
 
     Args:
         load: `load_vae` or `load_text_encoder`.
         identity: "vae" or "text_encoder" of a model's meta.
+        name: of one to load instead of the training's: an autoencoder whose decoder differs alone.
         options: of `load`.
 
     Raises:
         ValueError: if the weights found have another digest.
     """
-    encoder = load(identity["name"], **options)
+    encoder = load(name or identity["name"], **options)
     if identity.get("sha256") not in (None, encoder.identity["sha256"]):
         raise ValueError(
             f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
-            f"the one found here has {encoder.identity['sha256']}"
+            f"{encoder.identity['name']} found here has {encoder.identity['sha256']} (of an "
+            "autoencoder's encoder; checkpoints from before the decoder was left out have another)"
         )
     return encoder
 

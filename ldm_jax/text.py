@@ -285,4 +285,4 @@ def _no_grad(function: Callable) -> Callable:
 
 def _identify(name: str, use: str, model: Any, tokenizer: Any) -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items())
-    return {"name": name, "sha256": digest_weights(f"{use} {vocabulary}", model)}
+    return {"name": name, "sha256": digest_weights(f"{use} {vocabulary}", model.parameters())}

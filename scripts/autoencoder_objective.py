@@ -64,7 +64,18 @@ def tail_loss(mean: Tensor, start: float) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Pictures => the loss: reconstruction from a drawn latent, KL to N(0, 1), tails."""
+    """Pictures => the loss: reconstruction from a drawn latent, KL to N(0, 1), tails.
+
+    Args:
+        model: the autoencoder; parts of it that take no gradient are left as they are.
+        mse_weight, gradient_weight: as in `reconstruction_loss`.
+        tail_weight: weight of `tail_loss`.
+        tail_start: its `start`.
+        latent_noise: the most noise that a picture's latents get beside the posterior's, in
+            deviations of the channel. A denoiser's latents are a little off those of pictures; a
+            decoder that has seen noise forgives that (Zheng et al. 2025, arXiv 2510.11690, whose
+            decoders are trained so).
+    """
 
     def __init__(
         self,
@@ -73,18 +84,22 @@ class Objective(nn.Module):
         gradient_weight: float,
         tail_weight: float,
         tail_start: float,
+        latent_noise: float = 0.0,
     ):
         super().__init__()
-        self.model = model
+        self.model, self.latent_noise = model, latent_noise
         self.mse_weight, self.gradient_weight = mse_weight, gradient_weight
         self.tail_weight, self.tail_start = tail_weight, tail_start
 
-    def forward(self, images: Tensor, noise: Tensor, kl_weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, images: Tensor, noise: Tensor, share: Tensor, kl_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Computes the loss of a batch.
 
         Args:
             images: uint8 (b, h, w, 3).
             noise: standard normal (b, 4, h/8, w/8).
+            share: how much of `latent_noise` each picture gets, in [0, 1] (b, 1, 1, 1).
             kl_weight: a number.
 
         Returns:
@@ -97,7 +112,8 @@ class Objective(nn.Module):
             mean, log_var = moments.float().chunk(2, dim=1)
             log_var = log_var.clamp(-30.0, 20.0)
             std = torch.exp(0.5 * log_var)
-            latents = mean + std * noise
+            extra = self.latent_noise * share * mean.detach().std((0, 2, 3), keepdim=True)
+            latents = mean + torch.hypot(std, extra) * noise
             y = self.model.decoder(self.model.post_quant_conv(latents))
         residual = y.float() - x
         kl = 0.5 * (mean.square() + std.square() - 1.0 - log_var).mean()

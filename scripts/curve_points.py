@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-NAMING = ("checkpoint", "step", "ema")  # Told, not compared: the digest of the weights decides.
+NAMING = ("checkpoint", "step", "ema", "vae")  # Told, not compared: digests of weights decide.
 
 
 def get_key(group: str, settings: Mapping[str, Any]) -> str:

@@ -6,9 +6,16 @@ trains a diffusers AutoencoderKL, 128x128x3 => 16x16x4, for six minutes by the c
 diffusers does (config.json, diffusion_pytorch_model.safetensors in float16), and measures what was
 written on the held-out pictures: metrics.json, reconstructions.png. Meant for one GPU; a CPU
 serves for a trial with --block_out_channels=8,8,16,16 --norm_num_groups=4 --nocompile.
+
+    python scripts/train_autoencoder.py --pictures=FOLDER --extra_styles --refine=AUTOENCODER \
+        --latent_noise=0.15 --batch_size=64 --minutes=9 --out=FOLDER
+
+trains the decoder alone on, from latents with noise. Latents stay what they are, to the bit, and
+what was trained on them is drawn by the new decoder.
 """
 
 import copy
+import json
 import math
 import os
 import time
@@ -31,6 +38,7 @@ from torch import Tensor, nn
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # The GPU's memory is torch's here.
 from evaluate_autoencoder import (  # noqa: E402
+    METRICS,
     Pictures,
     encode_pictures,
     evaluate_autoencoder,
@@ -44,7 +52,9 @@ flags.DEFINE_string("out", None, "folder to write")
 flags.DEFINE_float("minutes", 6.0, "from the start of the command to the end of training")
 flags.DEFINE_integer("steps", None, "stop after so many steps, if that comes first")
 flags.DEFINE_integer("seed", 0, "of weights, batches and noise")
+flags.DEFINE_string("refine", None, "autoencoder whose decoder is trained on, and nothing else")
 flags.DEFINE_list("exclude_styles", [], "styles that are neither trained on nor measured")
+flags.DEFINE_bool("extra_styles", False, "also train on the styles that serve training alone")
 flags.DEFINE_list("block_out_channels", ["48", "96", "160", "192"], "widths, finest first")
 flags.DEFINE_integer("layers_per_block", 1, "residual blocks a level (the decoder has one more)")
 flags.DEFINE_integer("norm_num_groups", 16, "groups of the group norms")
@@ -58,6 +68,7 @@ flags.DEFINE_float("kl_weight", 1e-3, "of the KL divergence per latent element, 
 flags.DEFINE_float("posterior_std", 0.02, "in deviations of its channel; steers the KL weight")
 flags.DEFINE_float("tail_weight", 0.3, "of latents beyond --tail_start deviations, squared")
 flags.DEFINE_float("tail_start", 2.2, "deviations of its channel that a latent may lie off")
+flags.DEFINE_float("latent_noise", 0.0, "most noise on latents, in deviations of their channel")
 flags.DEFINE_bool("compile", True, "torch.compile the loss (about a minute, then faster)")
 flags.DEFINE_float("report_every", 10.0, "seconds between progress lines")
 flags.DEFINE_float("save_every", 60.0, "seconds between writing the averaged weights")
@@ -114,12 +125,33 @@ def learning_rate_at(progress: float, peak: float, warmup: float = 0.03) -> floa
     return 0.5 * peak * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
 
 
+def load_for_refining(folder: str) -> AutoencoderKL:
+    """An autoencoder of which only what follows the latents takes a gradient.
+
+    Raises:
+        ValueError: without the convolution before the latents, or if float16, in which autoencoders
+            are written, would round the encoder, and so move the latents.
+    """
+    # Not the loaded one itself, whose config names the folder.
+    model = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    model.load_state_dict(AutoencoderKL.from_pretrained(folder).state_dict())
+    if model.quant_conv is None:
+        raise ValueError(f"{folder} must have a convolution before its latents (quant_conv)")
+    for part in (model.encoder, model.quant_conv):
+        part.requires_grad_(False)
+        if any(not torch.equal(p, p.half().float()) for p in part.parameters()):
+            raise ValueError(f"the encoder of {folder} must fit into float16 without rounding")
+    return model
+
+
 def save_autoencoder(model: AutoencoderKL, images: np.ndarray, out: Path) -> None:
-    """Writes the diffusers folder in float16, its latents normalised over the given images."""
+    """Writes the diffusers folder in float16; latents that were trained are normalised over the
+    given images, others stay as they are."""
     model = copy.deepcopy(model)
-    latents = measure_latents(*encode_pictures(model, images))
-    mean, std = (torch.tensor(latents[k]) for k in ("channel_mean", "channel_std"))
-    fold_statistics(model, mean.to(model.device), std.to(model.device))
+    if not FLAGS.refine:
+        latents = measure_latents(*encode_pictures(model, images))
+        mean, std = (torch.tensor(latents[k]) for k in ("channel_mean", "channel_std"))
+        fold_statistics(model, mean.to(model.device), std.to(model.device))
     model.half().to(memory_format=torch.contiguous_format).save_pretrained(out)
 
 
@@ -137,11 +169,15 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
     generator = torch.Generator(device).manual_seed(FLAGS.seed)
     batches = draw_batches(images, FLAGS.batch_size, generator)
 
-    widths = tuple(int(width) for width in FLAGS.block_out_channels)
-    model = create_autoencoder(widths, FLAGS.layers_per_block, FLAGS.norm_num_groups)
+    if FLAGS.refine:
+        model = load_for_refining(FLAGS.refine)
+    else:
+        widths = tuple(int(width) for width in FLAGS.block_out_channels)
+        model = create_autoencoder(widths, FLAGS.layers_per_block, FLAGS.norm_num_groups)
     model = model.to(device, memory_format=torch.channels_last).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    params, averages = list(model.parameters()), list(average.parameters())
+    pairs = zip(model.parameters(), average.parameters(), strict=True)
+    params, averages = zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True)
     optimizer = torch.optim.AdamW(
         params, betas=(0.9, 0.99), weight_decay=FLAGS.weight_decay, fused=device == "cuda"
     )
@@ -149,7 +185,7 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
     Upsample2D.forward = lambda self, x, output_size=None: self.conv(
         F.interpolate(x, scale_factor=2.0, mode="nearest")
     )
-    names = ("mse_weight", "gradient_weight", "tail_weight", "tail_start")
+    names = ("mse_weight", "gradient_weight", "tail_weight", "tail_start", "latent_noise")
     objective = Objective(model, **{name: FLAGS[name].value for name in names})
     kl_weight = torch.tensor(FLAGS.kl_weight, device=device)
 
@@ -157,7 +193,8 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
         batch = next(batches)
         n, h, w, _ = batch.shape
         noise = torch.randn((n, 4, h // 8, w // 8), generator=generator, device=device)
-        loss, stats = compute(batch, noise, kl_weight)
+        share = torch.rand((n, 1, 1, 1), generator=generator, device=device)
+        loss, stats = compute(batch, noise, share, kl_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -165,7 +202,8 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
             group["lr"] = learning_rate
         optimizer.step()
         torch._foreach_lerp_(averages, [p.detach() for p in params], 1.0 - decay)
-        steer_kl_weight(kl_weight, stats[3:], FLAGS.posterior_std)
+        if not FLAGS.refine:
+            steer_kl_weight(kl_weight, stats[3:], FLAGS.posterior_std)
         return loss.detach(), stats
 
     compute = torch.compile(objective, dynamic=False) if FLAGS.compile else objective
@@ -210,12 +248,13 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
     seconds = time.monotonic() - begin
     save_autoencoder(average, train_images, out)
     return {
+        "refined": FLAGS.refine is not None,
         "steps": n_steps,
         "epochs": n_steps * FLAGS.batch_size / len(images),
         "seconds_of_training": seconds,
         "seconds_before_training": begin - started,
         "images_per_second": n_steps * FLAGS.batch_size / seconds,
-        "n_weights": n_weights,
+        "n_weights_trained": n_weights,
         "compiled": compute is not objective,
         "kl_weight_at_the_end": kl_weight.item(),
     }
@@ -224,10 +263,15 @@ def train(pictures: Pictures, device: str, started: float) -> dict:
 def main(argv: list[str]) -> None:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pictures = load_pictures(Path(FLAGS.pictures), tuple(FLAGS.exclude_styles))
+    excluded = tuple(FLAGS.exclude_styles)
+    pictures = load_pictures(Path(FLAGS.pictures), excluded, FLAGS.extra_styles)
     record = {"training": train(pictures, device, started)}
     flag_values = {f.name: f.value for f in FLAGS.get_key_flags_for_module(argv[0])}
-    record["flags"] = {k: v for k, v in flag_values.items() if k not in ("pictures", "out")}
+    places = ("pictures", "out", "refine")
+    record["flags"] = {k: v for k, v in flag_values.items() if k not in places}
+    (Path(FLAGS.out) / METRICS).write_text(json.dumps(record))  # Kept should measuring fail.
+    if FLAGS.extra_styles:
+        pictures = load_pictures(Path(FLAGS.pictures), excluded)
     evaluate_autoencoder(Path(FLAGS.out), pictures, FLAGS.seed, device, record)
     print(f"done after {time.monotonic() - started:.0f} s", flush=True)
 

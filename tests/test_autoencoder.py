@@ -11,7 +11,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-TINY = ["--block_out_channels=4,4,8,8", "--norm_num_groups=2", "--nocompile"]
+TINY = ["--block_out_channels=4,4,8,8", "--norm_num_groups=2"]
 
 
 @pytest.fixture
@@ -56,17 +56,21 @@ def write_pictures(folder, n=32):
     return folder
 
 
+def run_trainer(pictures, out, *flags):
+    command = [sys.executable, SCRIPTS / "train_autoencoder.py", f"--pictures={pictures}",
+               f"--out={out}", "--steps=2", "--batch_size=8", "--nocompile", *flags]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "step 2 " in done.stdout
+
+
 def test_two_steps_write_a_folder_that_diffusers_loads_with_its_figures(tmp_path):
     from diffusers import AutoencoderKL
 
     pictures = write_pictures(tmp_path)
     out = tmp_path / "autoencoder"
-    command = [sys.executable, SCRIPTS / "train_autoencoder.py", f"--pictures={pictures}",
-               f"--out={out}", "--steps=2", "--batch_size=8", *TINY]  # fmt: skip
-    env = os.environ | {"PYTHONPATH": str(SCRIPTS.parent), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    assert "step 2 " in done.stdout
+    run_trainer(pictures, out, *TINY)
     model = AutoencoderKL.from_pretrained(out, torch_dtype=torch.float16)
     assert model.config.scaling_factor == 1.0 and model.config.latent_channels == 4
     assert {p.dtype for p in model.parameters()} == {torch.float16}
@@ -167,7 +171,8 @@ def test_loss_reaches_every_weight_and_reports_the_posterior(objective):
     model = objective.create_autoencoder((4, 4, 8, 8), 1, 2)
     compute = objective.Objective(model, 1.0, 0.5, 0.3, 0.5)
     images = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8)
-    loss, stats = compute(images, torch.randn(2, 4, 16, 16), torch.tensor(1e-3))
+    share = torch.ones(2, 1, 1, 1)
+    loss, stats = compute(images, torch.randn(2, 4, 16, 16), share, torch.tensor(1e-3))
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
     with torch.no_grad():
@@ -178,6 +183,65 @@ def test_loss_reaches_every_weight_and_reports_the_posterior(objective):
     for i in range(4):
         relative = posterior.std[:, i].mean() / posterior.mean[:, i].std()
         np.testing.assert_allclose(stats[3 + i], relative, rtol=1e-4)
+
+
+def test_latents_get_their_share_of_noise_beside_the_posteriors(objective):
+    torch.manual_seed(0)
+    model = objective.create_autoencoder((4, 4, 8, 8), 1, 2)
+    images = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8)
+    noise, share = torch.randn(2, 4, 16, 16), torch.tensor([0.0, 0.5]).reshape(2, 1, 1, 1)
+    decoded = []
+    model.post_quant_conv.register_forward_pre_hook(lambda module, args: decoded.append(args[0]))
+    compute = objective.Objective(model, 1.0, 0.5, 0.3, 0.5, latent_noise=0.3)
+    with torch.no_grad():
+        compute(images, noise, share, torch.tensor(1e-3))
+        posterior = model.encode(objective.to_signal(images)).latent_dist
+    deviation = posterior.mean.std((0, 2, 3), keepdim=True)
+    std = torch.sqrt(posterior.var + (0.3 * share * deviation) ** 2)
+    torch.testing.assert_close(decoded[0], posterior.mean + std * noise, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(std[1], posterior.std[1], rtol=0.1)
+
+
+def test_refining_trains_the_decoder_and_leaves_the_latents(tmp_path, objective, evaluator):
+    from diffusers import AutoencoderKL
+
+    pictures = write_pictures(tmp_path)
+    torch.manual_seed(0)
+    first = objective.create_autoencoder((4, 4, 8, 8), 1, 2).half()
+    first.save_pretrained(tmp_path / "first")
+    run_trainer(pictures, tmp_path / "refined", f"--refine={tmp_path / 'first'}",
+                "--latent_noise=0.2", "--extra_styles")  # fmt: skip
+    refined = AutoencoderKL.from_pretrained(tmp_path / "refined", torch_dtype=torch.float16)
+    assert str(tmp_path) not in (tmp_path / "refined/config.json").read_text()
+    changed = {
+        name.partition(".")[0]
+        for (name, a), b in zip(first.named_parameters(), refined.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {"decoder", "post_quant_conv"}
+    written = (tmp_path / "refined/metrics.json").read_text()
+    report = json.loads(written)
+    assert report["flags"]["latent_noise"] == 0.2 and report["training"]["refined"]
+    assert report["n_training_pictures"] == 24 and str(tmp_path) not in written
+    kept = evaluator.read_training(tmp_path / "refined")
+    assert kept == {key: report[key] for key in ("training", "flags")}
+    assert evaluator.read_training(tmp_path) == {}
+
+
+def test_an_encoder_that_float16_would_round_is_not_refined(tmp_path, objective, trainer):
+    model = objective.create_autoencoder((4, 4, 8, 8), 1, 2)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must fit into float16 without rounding"):
+        trainer.load_for_refining(str(tmp_path))
+
+
+def test_styles_that_serve_training_alone_are_read_where_asked_for(tmp_path, evaluator):
+    write_pictures(tmp_path, n=8)
+    table = tmp_path / "metadata.jsonl"
+    table.write_text(table.read_text().replace('"split": "valid", "style": "flat"',
+                                               '"split": "train", "style": "flat"'))  # fmt: skip
+    assert set(evaluator.load_pictures(tmp_path).styles) == {"bold"}
+    assert set(evaluator.load_pictures(tmp_path, extra_styles=True).styles) == {"bold", "flat"}
 
 
 def test_kl_weight_rises_while_the_posterior_is_too_narrow_and_stays_in_its_limits(objective):

@@ -55,7 +55,7 @@ def test_a_channel_that_nothing_is_made_of_costs_nothing(measurer):
     rng = np.random.default_rng(0)
     mean = rng.uniform(-0.5, 0.5, (6, 2, 4, 4)).astype(np.float32)
     mean[:, 1] *= 3.0
-    model = SimpleNamespace(decode=decode, device="cpu")
+    model = SimpleNamespace(decode=decode, device=torch.device("cpu"))
     made = measurer.decode_latents(model, mean)
     used, unused = measurer.measure_channels(model, made, mean, np.full_like(mean, 0.25), made)
     assert unused["psnr_lost"] == {"value": 0.0, "low": 0.0, "high": 0.0}

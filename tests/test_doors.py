@@ -3,11 +3,13 @@
 import csv
 import json
 import signal
+from functools import partial
 
 import chex
 import jax
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 import encode
@@ -16,6 +18,7 @@ import train
 from configs import tiny
 from ldm_jax import checkpoint, exports, models
 from ldm_jax.data import open_cache
+from ldm_jax.encoders import load_vae
 from ldm_jax.plotting import read_png_metadata
 
 COLOURS = ("red", "green", "blue", "orange")
@@ -361,6 +364,28 @@ def test_prompts_that_cannot_be_drawn_are_refused(root, tmp_path, prompts, messa
     with pytest.raises(ValueError, match=message):
         sample.sample(prompts, tmp_path / "out", checkpoint_folder=root / "run")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_of_the_same_latents_is_taken_and_one_of_others_refused(root, tmp_path):
+    vae = load_vae("bundled:emoji")._model
+    options = {"checkpoint_folder": root / "run", "diffusion_steps": 3}
+    draw = partial(sample.sample, ["a cat"], **options)
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 0.5
+        vae.save_pretrained(tmp_path / "decoder")
+        vae.encoder.conv_in.bias += 0.5
+        vae.save_pretrained(tmp_path / "encoder")
+    plain, brighter = (
+        Image.open(draw(tmp_path / str(name), vae=name)[0])
+        for name in (None, str(tmp_path / "decoder"))
+    )
+    difference = np.asarray(brighter).astype(int) - np.asarray(plain)
+    assert np.median(difference[np.asarray(plain) < 190]) == 64  # 0.5 of 2 is 63.75 of 255
+    assert brighter.text["vae"] == str(tmp_path / "decoder")
+    assert plain.text["vae"] == "bundled:emoji"
+    assert brighter.text["decoder_sha256"] != plain.text["decoder_sha256"]
+    with pytest.raises(ValueError, match="bundled:emoji of digest .*/encoder found here has"):
+        draw(tmp_path / "out", vae=str(tmp_path / "encoder"))
 
 
 def test_another_vae_than_the_trainings_is_refused(root, tmp_path):

@@ -254,6 +254,24 @@ def test_identity_tells_weights_and_architectures_apart(vae):
     assert len({vae.identity["sha256"], *(other.identity["sha256"] for other in others)}) == 3
 
 
+def test_identity_is_that_of_the_encoder(vae):
+    def change(get_weight):
+        """Which of the two digests another weight changes."""
+        other = get_model()
+        with torch.no_grad():
+            get_weight(other)[0] += 1
+        other = VAE("x", other)
+        return (
+            other.identity["sha256"] != vae.identity["sha256"],
+            other.decoder_sha256 != vae.decoder_sha256,
+        )
+
+    assert change(lambda m: m.decoder.conv_out.bias) == (False, True)
+    assert change(lambda m: m.post_quant_conv.bias) == (False, True)
+    assert change(lambda m: m.encoder.conv_in.bias) == (True, False)
+    assert change(lambda m: m.quant_conv.bias) == (True, False)
+
+
 def test_half_precision_files_are_computed_with_in_float32(model, tmp_path, images):
     model.half().save_pretrained(tmp_path)
     model.float()

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stand_ins
+import torch
 from PIL import Image
 
 import evaluate
 from ldm_jax import exports, models, quality, report
 from ldm_jax.data import open_cache
+from ldm_jax.encoders import load_vae
 from ldm_jax.features import Extractor, Reference, get_thumbnails
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import create_meta
@@ -251,6 +253,14 @@ def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch, text_encoder)
     written = told["groups"]["test"]["drawn"]["kid"]
     assert written == {"value": value, "low": low, "high": high}
     assert Image.open(tmp_path / "out" / "sheet.png").size[0] > 64
+    vae = load_vae("bundled:emoji")._model
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
+    vae.save_pretrained(tmp_path / "grey")
+    evaluate.evaluate(tmp_path / "out", vae=str(tmp_path / "grey"), **options)
+    grey = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert grey["vae"] == str(tmp_path / "grey") and told["vae"] == "bundled:emoji"
+    assert grey["decoder_sha256"] != told["decoder_sha256"]
+    assert grey["groups"]["test"]["drawn"]["kid"] != written
     with pytest.raises(ValueError, match="features must be one of"):
         evaluate.evaluate(tmp_path / "out", features="resnet", **options)
 
