@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on GPU nodes under SLURM, one process a GPU.
 #
-#   sbatch --nodes=4 launch/slurm.sh --config=configs/emoji.py --workdir=/shared/runs/emoji
+#   sbatch --nodes=4 launch/slurm.sh --config=configs/emoji.py \
+#       --config.data.cache=/shared/cache --workdir=/shared/runs/emoji
 #
 # The repository, its .venv, the latent cache and the workdir must lie where all nodes see them.
 #SBATCH --job-name=ldm_jax

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains on any machines that ssh reaches, one process each; the first one coordinates.
 #
-#   HOSTS="10.0.0.1 10.0.0.2" launch/ssh.sh --config=configs/emoji.py --workdir=/shared/runs/emoji
+#   HOSTS="10.0.0.1 10.0.0.2" launch/ssh.sh --config=configs/emoji.py \
+#       --config.data.cache=/shared/cache --workdir=/shared/runs/emoji
 #
 # DIR (default: where this script's repository lies) is the repository on each of them, with its
 # .venv; the latent cache and the workdir must lie where all of them see them. PORT defaults to

@@ -2,7 +2,8 @@
 # Trains on all hosts of a Cloud TPU slice, or of several slices, from your own machine.
 #
 #   TPU=my-pod ZONE=us-central2-b REPO=https://github.com/me/ldm_jax \
-#       launch/tpu_pod.sh --config=configs/emoji.py --workdir=gs-mount/runs/emoji
+#       launch/tpu_pod.sh --config=configs/emoji.py --config.data.cache=/mnt/shared/cache \
+#       --workdir=/mnt/shared/runs/emoji
 #
 # Needs gcloud. Every host clones REPO, sets itself up once and starts the same command; workdir and
 # cache must lie on a file system that all of them mount (Filestore, gcsfuse).

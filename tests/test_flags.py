@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from configs import demo, emoji, seed, tiny
+from configs import demo, emoji, folder, guide, seed, tiny
 
 ROOT = Path(seed.__file__).parents[1]
 
 
-@pytest.mark.parametrize("file", [seed, emoji, demo, tiny])
+@pytest.mark.parametrize("file", [seed, emoji, guide, folder, demo, tiny])
 def test_every_key_of_a_config_is_declared_in_seed(file):
     def keys(config, prefix=""):
         for key, value in config.items():

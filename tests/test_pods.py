@@ -155,6 +155,34 @@ def test_a_slurm_job_that_fails_is_not_queued_again(tmp_path):
     assert code == 3 and "scontrol" not in output
 
 
+def test_every_gpu_of_a_machine_gets_a_process_and_a_failure_is_that_of_the_script(tmp_path):
+    body = 'echo "GPU $CUDA_VISIBLE_DEVICES: $*"; [ "$CUDA_VISIBLE_DEVICES" != 5 ] || exit 3'
+    where = {"GPUS": "2 5", "PORT": "7", "PYTHON": str(tmp_path / "python")}
+    code, output = run_script(tmp_path, "local.sh", {"python": body}, "--workdir=b c", **where)
+    assert code == 3
+    said = "train.py --coordinator=127.0.0.1:7 --num_processes=2 --process_id={} --workdir=b c"
+    expected = {f"[{i}] GPU {gpu}: {said.format(i)}" for i, gpu in enumerate((2, 5))}
+    assert set(output.splitlines()) == expected
+    code, output = run_script(tmp_path, "local.sh", {}, GPUS="")
+    assert code != 0 and "numbers of the GPUs" in output
+
+
+def test_sigterm_reaches_the_first_of_a_machines_processes(tmp_path):
+    body = "trap 'echo saved; exit 0' TERM\necho begun\nwhile :; do sleep 0.1; done"
+    (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (tmp_path / "python").chmod(0o755)
+    process = subprocess.Popen(
+        [str(ROOT / "launch" / "local.sh")],
+        env=os.environ | {"GPUS": "0", "PYTHON": str(tmp_path / "python")},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "[0] begun\n"
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "[0] saved\n")
+
+
 def test_every_host_of_a_tpu_gets_the_same_command(tmp_path):
     programs = {"gcloud": 'printf "%s\\n" "$@"'}
     where = {"TPU": "pod", "ZONE": "here", "REPO": "https://example.org/r.git"}

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of this machine, one process each: faster than one process for all of them.
+#
+#   GPUS="0 1 2 3" launch/local.sh --config=configs/emoji.py --workdir=runs/emoji
+#
+# Paths are relative to the repository. PORT defaults to 9876, PYTHON to .venv/bin/python. Ctrl-C, or
+# SIGTERM to this script, is passed on: the run saves and ends.
+set -euo pipefail
+: "${GPUS:?numbers of the GPUs, as nvidia-smi -L lists them}"
+read -r -a gpus <<<"$GPUS"
+cd "$(dirname "$0")/.."
+coordinator="127.0.0.1:${PORT:-9876}"
+pids=()
+
+# To one process: all of them agree on the step at which they end.
+trap 'kill -TERM "${pids[0]}"' INT TERM
+
+for i in "${!gpus[@]}"; do
+    # In a process group of its own, so that Ctrl-C reaches this script alone.
+    CUDA_VISIBLE_DEVICES=${gpus[i]} setsid "${PYTHON:-.venv/bin/python}" train.py \
+        --coordinator="$coordinator" --num_processes="${#gpus[@]}" --process_id="$i" "$@" \
+        > >(sed -u "s/^/[$i] /") 2>&1 </dev/null &
+    pids+=($!)
+done
+
+status=0
+for pid in "${pids[@]}"; do
+    wait "$pid" && code=0 || code=$?
+    # A signal ends `wait` early.
+    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
+    [ "$code" -eq 0 ] || status=$code
+done
+exit "$status"
