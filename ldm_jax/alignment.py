@@ -115,7 +115,7 @@ def load_clip_score(folder: str | os.PathLike, device: Any = None) -> Callable:
     try:
         from transformers import AutoTokenizer, CLIPModel
     except ImportError as error:
-        needed = 'pip install "ldm_jax[clip]"'
+        needed = 'pip install -e ".[clip]"'
         raise ImportError(f"the CLIP score needs a package ({error}): {needed}") from error
     path = Path(folder).expanduser()
     if not path.is_dir():

@@ -1,6 +1,6 @@
 """A config, the name of a pod => what its training step needs there: compiled, never run.
 
-XLA compiles for TPUs that are not there (through libtpu, `pip install ldm_jax[tpu]`), so memory,
+XLA compiles for TPUs that are not there (through libtpu, `pip install -e ".[tpu]"`), so memory,
 arithmetic and messages are the compiler's own account. For GPUs it would need one; there the
 partitioned program of as many virtual CPU devices stands in, whose messages are the same.
 """
@@ -89,7 +89,7 @@ def get_devices(target: Target) -> list[Any]:
         if importlib.util.find_spec("libtpu") is None:
             raise ImportError(
                 "compiling for a TPU that is not here needs its compiler, libtpu, of the version "
-                f"that fits JAX {jax.__version__}: pip install 'ldm_jax[tpu]'"
+                f"that fits JAX {jax.__version__}: pip install -e '.[tpu]'"
             ) from error
         raise ValueError(f"there is no TPU topology {name}: {error}") from error
     return list(topology.devices)

@@ -282,9 +282,7 @@ def _get_pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError(
-            f'plots need matplotlib ({error}): pip install "ldm_jax[plot]"'
-        ) from error
+        raise ImportError(f'plots need matplotlib ({error}): pip install -e ".[plot]"') from error
     return plt
 
 

