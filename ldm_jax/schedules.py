@@ -1,4 +1,4 @@
-"""The noise levels that reverse diffusion visits: a number of steps => falling levels."""
+"""The noise levels that reverse diffusion visits: a number of steps => levels from high to low."""
 
 import numpy as np
 
@@ -7,13 +7,15 @@ HIGHEST, LOWEST = 0.999, 0.01  # Noise levels of all schedules but the original'
 
 
 def get_noise_levels(diffusion_steps: int, schedule: str = "cube_root") -> np.ndarray:
-    """The decreasing noise levels that reverse diffusion visits, float32.
+    """The noise levels that reverse diffusion visits, float32, each below the one before.
 
     "cube_root", the original's: 1 - t^(1/3) for t in arange(1e-4, 0.99, 1 / steps), the last level
-    set to 0.01. The others go from level 0.999 to 0.01: "angle" by equal steps of the angle whose
-    sine the level is, "karras" of the seventh root of the noise-to-signal ratio (Karras et al.
-    2022, eq. 5), "log_snr" of its logarithm (Lu et al. 2022); both ratios are those of the
-    variance-preserving mixture. The network sees all levels but the last.
+    set to 0.01, which from 70 steps on may lie a little above the one before (0.0096); from 100
+    steps on there is one level in a hundred less, since t ends at 0.99. The others go from level
+    0.999 to 0.01: "angle" by equal steps of the angle whose sine the level is, "karras" of the
+    seventh root of the noise-to-signal ratio (Karras et al. 2022, eq. 5), "log_snr" of its
+    logarithm (Lu et al. 2022); both ratios are those of the variance-preserving mixture. The
+    network sees all levels but the last.
 
     Raises:
         ValueError: for fewer than 2 steps, or another schedule.

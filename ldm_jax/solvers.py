@@ -36,7 +36,7 @@ def walk(
         estimate: of x_0, called with latents and a noise level.
         rule: the signal rule.
         x_t: latents at the first level.
-        levels: falling noise levels in (0, 1).
+        levels: noise levels in (0, 1), each below the one before, but perhaps for the last.
         eta: share of fresh noise in "ddim".
         keys: one for each picture, where noise is drawn.
 
@@ -117,8 +117,8 @@ def ancestral(
         i, level, next_level, ratio, next_ratio = inputs
         x_zero = estimate(x_t, level)
         eps = (x_t / rule.signal_levels(level) - x_zero) / ratio
-        up = eta * next_ratio * jnp.sqrt(1 - jnp.square(next_ratio / ratio))
-        down = jnp.sqrt(jnp.square(next_ratio) - jnp.square(up))
+        up = eta * next_ratio * jnp.sqrt(jnp.maximum(1 - jnp.square(next_ratio / ratio), 0))
+        down = jnp.sqrt(jnp.maximum(jnp.square(next_ratio) - jnp.square(up), 0))
         fresh = jax.vmap(
             lambda key: jax.random.normal(jax.random.fold_in(key, i), x_t.shape[1:], x_t.dtype)
         )(keys)

@@ -123,6 +123,16 @@ def test_noise_on_the_way_belongs_to_the_picture():
     assert float(jnp.abs(draw([5]) - draw([6])).max()) > 0.01
 
 
+def test_levels_that_rise_at_the_end_leave_the_ancestral_walk_its_numbers():
+    levels = jnp.asarray(get_noise_levels(70))  # The original's: 0.0096, 0.01.
+    x_t, keys = jnp.ones((1, 2, 2, 1)), get_picture_keys([0])
+    with jax.debug_nans(True):
+        x_zero = solvers.walk(
+            "euler_ancestral", lambda x, level: x / 2, SignalRule("convex"), x_t, levels, keys=keys
+        )
+    assert np.isfinite(x_zero).all()
+
+
 def test_eta_leads_from_ddim_to_euler_ancestral():
     seeds, keys = sample_seeds([1, 2], SHAPE), get_picture_keys([1, 2])
     labels = jnp.ones((2, 12))
