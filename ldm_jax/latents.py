@@ -4,6 +4,7 @@ The original clips the raw latents at 2.5 standard deviations of all of them and
 number, `std_latent`. A number for each channel, with a mean, does the same channel by channel.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -59,11 +60,19 @@ def get_latent_scale(manifest: Mapping, normalisation: str, deviations: float) -
         deviations: the number of standard deviations that becomes 1.
 
     Raises:
-        ValueError: for another normalisation.
+        ValueError: for another normalisation, deviations that are no positive number, or a channel
+            that is the same everywhere and cannot be divided by its deviation.
     """
+    if not 0 < deviations < math.inf:
+        raise ValueError(f"deviations must lie in (0, inf), got {deviations}")
     if normalisation == "global":
         return LatentScale(manifest["std_latent"] * deviations / 2.5)
     if normalisation == "channel":
+        if min(manifest["channel_std"]) <= 0:
+            raise ValueError(
+                "every channel of the latents must vary for the normalisation 'channel', got "
+                f"standard deviations {manifest['channel_std']}"
+            )
         std = [deviations * s for s in manifest["channel_std"]]
         return LatentScale(jnp.asarray(std), jnp.asarray(manifest["channel_mean"]))
     raise ValueError(f"normalisation must be 'global' or 'channel', got {normalisation!r}")

@@ -76,3 +76,15 @@ def test_without_a_standard_deviation_the_mean_is_the_latent():
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="must be 'global' or 'channel', got 'layer'"):
         get_latent_scale(MANIFEST, "layer", 2.5)
+
+
+@pytest.mark.parametrize("deviations", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_number_of_deviations_that_cannot_divide_is_refused(deviations):
+    with pytest.raises(ValueError, match=r"deviations must lie in \(0, inf\), got"):
+        get_latent_scale(MANIFEST, "global", deviations)
+
+
+def test_a_channel_that_never_varies_has_no_scale_of_its_own():
+    manifest = MANIFEST | {"channel_std": [1.0, 0.0, 2.0]}
+    with pytest.raises(ValueError, match=r"every channel .* must vary .* \[1.0, 0.0, 2.0\]"):
+        get_latent_scale(manifest, "channel", 2.5)
