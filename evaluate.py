@@ -28,6 +28,8 @@ from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
 from ldm_jax.pictures import read_folder
+from ldm_jax.sampler import in_float32_on_cpu
+from ldm_jax.spreading import draw_latents
 from ldm_jax.text import check_parts, load_text_encoder
 
 
@@ -116,7 +118,7 @@ def evaluate(
             figures[split] |= sources
     told = {
         "checkpoint": str(checkpoint_folder or "bundled"),
-        "step": checkpoint_step,
+        "step": checkpoint_step if model.step is None else model.step,
         **({} if ema is None else {"ema": model.meta["ema"]}),
         **examinee.told,
         "sampling": settings,
@@ -177,7 +179,7 @@ def load_examinee(
         "vae": autoencoder.identity["name"],
         "decoder_sha256": autoencoder.decoder_sha256,
     }
-    model = model.convert(quality.in_float32_on_cpu)
+    model = model.convert(in_float32_on_cpu)
     labels = {split: text_encoder(exam.captions(split)) for split in exam.chosen}
     return Examinee(model, shape, autoencoder, text_encoder, exam, labels, told)
 
@@ -193,13 +195,13 @@ def draw_group(
         settings: of `sampler.get_diffuser`.
     """
     diffuser = examinee.model.get_diffuser(**settings)
-    latents = quality.draw_latents(
+    latents = draw_latents(
         diffuser,
         examinee.labels[split],
         examinee.exam.seeds[split],
         examinee.latent_shape,
         batch_size,
-        progress,
+        progress=progress,
     )
     latents = np.asarray(examinee.model.scale.restore(jnp.asarray(latents)))
     return examinee.vae.decode(latents, as_bytes=True)

@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from ldm_jax import models, sampler
+from ldm_jax import models
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
+from ldm_jax.sampler import in_float32_on_cpu
 from ldm_jax.schedules import SCHEDULES
 from ldm_jax.solvers import METHODS
-from ldm_jax.spreading import spread
+from ldm_jax.spreading import draw_latents
 from ldm_jax.text import check_parts, check_prompt, load_text_encoder
 
 NO_GUIDE = "none"
@@ -82,7 +84,7 @@ def sample(
         model = model.guided_by(None)
     elif guide_folder is not None:
         model = model.guided_by(models.load_model(guide_folder, guide_step))
-    diffuser = model.get_diffuser(**settings)
+    diffuser = model.convert(in_float32_on_cpu).get_diffuser(**settings)
     settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
     text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
@@ -94,26 +96,25 @@ def sample(
     if negative_prompts:
         negative_labels = np.repeat(text_encoder(negative_prompts), len(captions), axis=0)
     picture_seeds = np.tile(np.arange(seed, seed + num), len(prompts))
-    noise = sampler.sample_seeds(picture_seeds, tuple(model.meta["latent_shape"]))
-    keys = sampler.get_picture_keys(picture_seeds)
-
-    draw, images = spread(diffuser), []
-    for i in range(0, len(captions), batch_size):
-        part = slice(i, i + batch_size)
-        negative = None if negative_labels is None else negative_labels[part]
-        latents = draw(noise[part], labels[part], negative, keys[part])
-        images.append(decoder.decode(np.asarray(model.scale.restore(latents)), as_bytes=True))
-    images = np.concatenate(images)
+    shape = tuple(model.meta["latent_shape"])
+    latents = draw_latents(
+        diffuser, labels, picture_seeds, shape, batch_size, negative_labels=negative_labels
+    )
+    latents = np.asarray(model.scale.restore(jnp.asarray(latents)))
+    parts = [latents[i : i + batch_size] for i in range(0, len(latents), batch_size)]
+    images = np.concatenate([decoder.decode(part, as_bytes=True) for part in parts])
 
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     described = {k: str(v) for k, v in settings.items()}
     described["checkpoint"] = str(checkpoint_folder or "bundled")
+    described |= {} if model.step is None else {"step": str(model.step)}
     described |= {} if ema is None else {"ema": str(ema)}
     described |= {"vae": decoder.identity["name"], "decoder_sha256": decoder.decoder_sha256}
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
     if model.guide:
-        described["guide"] = f"{guide_folder}, step {guide_step}" if guide_folder else "its own"
+        told = guide_step if model.guide.step is None else model.guide.step
+        described["guide"] = f"{guide_folder}, step {told}" if guide_folder else "its own"
     paths, metadata = [], []
     for i, (caption, picture_seed) in enumerate(zip(captions, picture_seeds)):
         paths.append(out / f"{i // num:03d}-{_file_stem(caption)}-{picture_seed}.png")

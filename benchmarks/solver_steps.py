@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags
 
 from ldm_jax import models, sampler, solvers
-from ldm_jax.quality import in_float32_on_cpu
+from ldm_jax.sampler import in_float32_on_cpu
 from ldm_jax.text import load_text_encoder
 
 CAPTIONS = ("red apple, Fluent 3D", "cat face, Twemoji", "grinning face, Noto", "taxi, Twemoji")

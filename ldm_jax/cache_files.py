@@ -22,8 +22,8 @@ from ldm_jax.data import (
     MANIFEST,
     open_cache,
     partial_folder,
-    same_encoder,
 )
+from ldm_jax.meta import same_encoder
 from ldm_jax.moments import Moments, get_moments, get_statistics
 from ldm_jax.pictures import SPLITS
 from ldm_jax.shards import file_digest, open_shard, shard_file

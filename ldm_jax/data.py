@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ldm_jax.cache import cache_home
+from ldm_jax.meta import same_encoder
 from ldm_jax.order import WINDOW, Part, draw_permutation, locate_batch, next_window, order_epoch
 from ldm_jax.pictures import SPLITS
 from ldm_jax.shards import ReadAhead, Shards, check_file
@@ -198,13 +199,6 @@ class LatentCache:
             if 2 * of_split > self._shards.num_examples(shards):
                 key = (seed, epoch, number, split, low, high)
                 self._read_ahead.ask(key, self._shards.spans(shards, low, high))
-
-
-def same_encoder(one: Mapping, other: Mapping) -> bool:
-    """Compares encoders by their digests if both are known, else by name."""
-    if one.get("sha256") and other.get("sha256"):
-        return one["sha256"] == other["sha256"]
-    return one["name"] == other["name"]
 
 
 def open_cache(

@@ -62,12 +62,14 @@ def _write(model, folder, dtype, file_bytes):
         ending = "" if len(files) == 1 else f"-{i}-of-{len(files)}"
         path = folder / WEIGHTS_FILE.replace(".", f"{ending}.")
         partial = path.with_suffix(".partial")
-        save_file(part, partial)
-        partial.replace(path)
+        try:
+            save_file(part, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
         digests[path.name] = file_digest(path)
     # The meta file comes last: a folder that has one is whole.
-    meta = model.meta | {"weights_sha256": digests}
-    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+    records.write_json(folder / META_FILE, model.meta | {"weights_sha256": digests})
 
 
 def _divide(tensors: Mapping[str, np.ndarray], most: int | None) -> list[dict[str, np.ndarray]]:
@@ -82,8 +84,25 @@ def _divide(tensors: Mapping[str, np.ndarray], most: int | None) -> list[dict[st
     return groups
 
 
+def read_meta(folder: Path) -> dict:
+    """The JSON object in META_FILE.
+
+    Raises:
+        DamagedError: if the file holds none.
+    """
+    path = folder / META_FILE
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise records.DamagedError(f"{path} is not what was exported: {error}") from error
+
+
 def read_weights(folder: Path, digests: Mapping[str, str] | str | None) -> dict:
-    """Of all files that there are digests for; an older release wrote one file, and its digest."""
+    """Of all files that there are digests for; an older release wrote one file, and its digest.
+
+    Raises:
+        DamagedError: if a file differs from what was exported, or cannot be read.
+    """
     from safetensors.numpy import load_file
 
     files = digests if isinstance(digests, Mapping) else {WEIGHTS_FILE: digests}
@@ -94,9 +113,10 @@ def read_weights(folder: Path, digests: Mapping[str, str] | str | None) -> dict:
             if sha256 is not None and sha256 != file_digest(path):
                 raise records.DamagedError(f"{path} differs from what was exported")
             tensors |= load_file(path)
-        except Exception as error:
-            error.add_note(f"while reading {path}")
+        except OSError:
             raise
+        except Exception as error:  # Of the library's own kind, which is a bare Exception.
+            raise records.DamagedError(f"{path} cannot be read: {error}") from error
     variables = unflatten_dict(rounding.unpack(tensors), sep="/")
     variables.setdefault("batch_stats", {})
     return jax.tree.map(jax.numpy.asarray, variables)

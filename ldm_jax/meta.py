@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ldm_jax.unet import get_network
 FORMAT_VERSION = 2
 # How the network is computed, not what it computes: a run may go on with others.
 COMPUTE_FIELDS = ("dtype", "remat")
+ENCODERS = ("vae", "text_encoder")
 
 
 def create_meta(
@@ -52,6 +54,13 @@ def create_meta(
     return json.loads(json.dumps(meta))
 
 
+def same_encoder(one: Mapping, other: Mapping) -> bool:
+    """Compares encoders by their digests if both are known, else by name."""
+    if one.get("sha256") and other.get("sha256"):
+        return one["sha256"] == other["sha256"]
+    return one["name"] == other["name"]
+
+
 def check_meta(saved: dict, wanted: dict, where: str) -> None:
     """Compares the architecture and the data's contract of two models, COMPUTE_FIELDS aside.
 
@@ -63,8 +72,10 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
     """
     check_version(saved, where)
     differences = []
-    for part in ("network", "noising", "vae", "text_encoder", "std_latent", "mean_latent"):
+    for part in ("network", "noising", *ENCODERS, "std_latent", "mean_latent"):
         old, new = saved[part], wanted[part]
+        if part in ENCODERS and same_encoder(old, new):
+            continue  # By another name, as of a folder that was moved.
         if part == "network":
             old, new = _get_network_fields(old), _get_network_fields(new)
         if part == "noising":

@@ -6,7 +6,7 @@ run's checkpoint the averaged weights alone are read; `ldm_jax.exports` writes t
 beside a JSON file.
 """
 
-import json
+import operator
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 from ldm_jax import exports, records, sampler, snapshots
 from ldm_jax.exports import GUIDE, META_FILE, WEIGHTS_FILE
 from ldm_jax.latents import LatentScale
-from ldm_jax.meta import check_version
+from ldm_jax.meta import ENCODERS, check_version, same_encoder
 from ldm_jax.noising import get_process
 from ldm_jax.sampler import Denoiser
 from ldm_jax.unet import get_network
@@ -37,12 +37,14 @@ class Model(NamedTuple):
         meta: the JSON object of `meta.create_meta`.
         guide: a weaker model of the same latents and texts, which its guidance leads away from;
             None: that leads away from no text.
+        step: of the run's checkpoint or snapshot that it comes from; None: it was exported.
     """
 
     denoiser: Denoiser
     scale: LatentScale
     meta: dict
     guide: "Model | None" = None
+    step: int | None = None
 
     def get_diffuser(self, **settings: Any) -> sampler.Diffuser:
         """A Diffuser with the settings of the model, `settings` in their place, and its guide."""
@@ -61,8 +63,11 @@ class Model(NamedTuple):
         Raises:
             ValueError: if the guide is of other latents or texts.
         """
-        for part in ("vae", "text_encoder", "std_latent", "mean_latent"):
-            if guide and guide.meta[part] != self.meta[part]:
+        if guide is None:
+            return self._replace(guide=None)
+        for part in (*ENCODERS, "std_latent", "mean_latent", "latent_shape", "embedding_shape"):
+            same = same_encoder if part in ENCODERS else operator.eq
+            if not same(guide.meta[part], self.meta[part]):
                 raise ValueError(
                     f"the guide belongs to other data: its {part} is {guide.meta[part]}, the "
                     f"model's is {self.meta[part]}"
@@ -88,20 +93,24 @@ def load_model(
     Raises:
         FileNotFoundError: if there is neither in the folder, or no such step.
         DamagedError: if the checkpoint is not what was saved; the other steps are named.
-        ValueError: for a checkpoint of a newer format, weights that do not fit the network, or an
-            `ema` that the snapshots do not reach.
+        ValueError: for an address instead of a folder, a checkpoint of a newer format, weights that
+            do not fit the network, or an `ema` that the snapshots do not reach.
     """
+    if folder is not None:
+        records.check_local(folder)
     path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
+    taken = None
     if ema is not None:
         meta, variables = _make_average(path, step, ema)
+        taken = meta["ema"]["step"]
     elif (path / META_FILE).is_file():
         if step != "last":
             raise ValueError(f"step must be 'last' for an exported model, got {step!r}")
-        meta = json.loads((path / META_FILE).read_text())
+        meta = exports.read_meta(path)
         variables = exports.read_weights(path, meta.pop("weights_sha256", None))
     else:
         path = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        step = _choose_step(path, step)
+        taken = step = _choose_step(path, step)
         try:
             meta, variables = _read_averages(path, step)
         except Exception as error:
@@ -111,13 +120,18 @@ def load_model(
                 + (f"Choose another by its step: {others}" if others else "There is no other")
             ) from error
     check_version(meta, path)
-    network = get_network(**meta["network"])
+    try:
+        network = get_network(**meta["network"])
+    except TypeError as error:
+        raise ValueError(
+            f"the network described in {path} is not one of this release: {error}"
+        ) from error
     _check_variables(network, variables, meta, path)
     scale = LatentScale(
         np.asarray(meta["std_latent"], np.float32), np.asarray(meta["mean_latent"], np.float32)
     )
     process = get_process(**meta["noising"])
-    model = Model(Denoiser(network, variables, process), scale, meta)
+    model = Model(Denoiser(network, variables, process), scale, meta, step=taken)
     folder = (path.parent if path.name == "checkpoints" else path) / GUIDE
     return model.guided_by(load_model(folder)) if folder.is_dir() else model
 

@@ -1,17 +1,13 @@
 """Pictures drawn for captions, and the real ones => figures: how good, how faithful, how copied."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from tqdm import tqdm
 
-from ldm_jax import sampler
 from ldm_jax.alignment import Head, load_head
 from ldm_jax.data import LatentCache
 from ldm_jax.features import Extractor, Reference, get_reference, get_thumbnails
@@ -25,7 +21,6 @@ from ldm_jax.metrics import (
     to_unit,
 )
 from ldm_jax.pictures import Picture, find_measured, load_picture
-from ldm_jax.spreading import spread
 from ldm_jax.text import load_text_encoder
 
 GROUPS = {
@@ -155,31 +150,6 @@ def create_exam(
         embeddings = load_text_encoder(head.text_encoder)([p.captions[0] for p in pictures])
         candidates = head, head.embed_captions(embeddings)
     return Exam(pictures, chosen, seeds, reference, real, extractor, candidates, clip_score)
-
-
-def draw_latents(
-    diffuser: sampler.Diffuser,
-    labels: Float[np.ndarray, "n *t e"],
-    seeds: Int[np.ndarray, " n"],
-    latent_shape: tuple[int, ...],
-    batch_size: int = 16,
-    progress: bool = False,
-) -> Float[np.ndarray, "n h w c"]:
-    """Latents in [-1, 1] for text embeddings; the last batch is filled up, to compile one shape."""
-    draw, latents = spread(diffuser), []
-    for i in tqdm(range(0, len(labels), batch_size), desc="drawing", disable=not progress):
-        rows = np.minimum(np.arange(i, i + batch_size), len(labels) - 1)
-        noise = np.asarray(sampler.sample_seeds(seeds[rows], latent_shape))
-        keys = sampler.get_picture_keys(seeds[rows])
-        latents.append(np.asarray(draw(noise, labels[rows], keys=keys)))
-    return np.concatenate(latents)[: len(labels)]
-
-
-def in_float32_on_cpu(denoiser: sampler.Denoiser) -> sampler.Denoiser:
-    """On a CPU the network in float32, whatever its dtype: it has no fast bfloat16."""
-    if jax.default_backend() != "cpu":
-        return denoiser
-    return dataclasses.replace(denoiser, network=denoiser.network.clone(dtype="float32"))
 
 
 def measure(

@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,25 @@ STATE_ITEM, RECORD_ITEM = "state", "meta"
 
 class DamagedError(OSError):
     """A checkpoint on the disk is not what was saved."""
+
+
+def check_local(folder: str | os.PathLike) -> None:
+    """Raises ValueError for an address where a folder is needed: pathlib would make one of it."""
+    if "://" in str(folder):
+        raise ValueError(
+            f"a folder must be one of this machine's file system, got {folder}: mount what it "
+            "names (gcsfuse, s3fs) on all hosts"
+        )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, which is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def create_record(meta: dict, state: Any, held_out_loss: float | None) -> dict:

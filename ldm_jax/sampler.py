@@ -121,6 +121,13 @@ class Denoiser:
         return jax.tree_util.tree_map_with_path(convert, self.variables)
 
 
+def in_float32_on_cpu(denoiser: Denoiser) -> Denoiser:
+    """On a CPU the network in float32, whatever its dtype: it has no fast bfloat16."""
+    if jax.default_backend() != "cpu":
+        return denoiser
+    return dataclasses.replace(denoiser, network=denoiser.network.clone(dtype="float32"))
+
+
 def get_estimator(denoiser: Callable, labels: Float[Array, "k n *t e"]) -> Callable:
     """estimate(x_t (n, h, w, c), noise_level ()) -> estimates of x_0 (k, n, h, w, c).
 

@@ -58,6 +58,8 @@ def save_snapshot(
         partial.replace(path)
     except Exception as error:
         raise OSError(f"a snapshot could not be written to {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+from tqdm import tqdm
 
-from ldm_jax import graphs, sharding
+from ldm_jax import graphs, sampler, sharding
 from ldm_jax.sampler import Diffuser
 
 
@@ -53,6 +55,38 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
         return latents[: len(seeds)]
 
     return diffuser.reverse_diffusion if len(devices) == 1 else draw
+
+
+def draw_latents(
+    diffuser: Diffuser,
+    labels: Float[np.ndarray, "n *t e"],
+    seeds: Int[np.ndarray, " n"],
+    latent_shape: tuple[int, ...],
+    batch_size: int = 16,
+    *,
+    negative_labels: Float[np.ndarray, "n *t e"] | None = None,
+    progress: bool = False,
+) -> Float[np.ndarray, "n h w c"]:
+    """Latents in [-1, 1] for text embeddings, in batches of one size, so that one is compiled.
+
+    Args:
+        diffuser: spread over this process's devices.
+        labels: text embeddings.
+        seeds: of each picture, see `sampler.sample_seeds`.
+        latent_shape: (h, w, c).
+        batch_size: pictures at once, at most.
+        negative_labels: see `Diffuser.predict_x_zero`.
+        progress: whether to show a bar.
+    """
+    draw, latents, n = spread(diffuser), [], len(labels)
+    size = -(-n // -(-n // batch_size))  # No more batches than are needed.
+    for i in tqdm(range(0, n, size), desc="drawing", disable=not progress):
+        rows = np.minimum(np.arange(i, i + size), n - 1)
+        noise = np.asarray(sampler.sample_seeds(seeds[rows], latent_shape))
+        negative = None if negative_labels is None else negative_labels[rows]
+        keys = sampler.get_picture_keys(seeds[rows])
+        latents.append(np.asarray(draw(noise, labels[rows], negative, keys)))
+    return np.concatenate(latents)[:n]
 
 
 @cache

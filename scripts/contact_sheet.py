@@ -19,7 +19,9 @@ from ldm_jax.data import LatentCache, open_cache
 from ldm_jax.encoders import VAE, load_vae
 from ldm_jax.pictures import load_picture
 from ldm_jax.plotting import Pairs, compose_pairs, save_png
-from ldm_jax.quality import GROUPS, draw_latents, in_float32_on_cpu
+from ldm_jax.quality import GROUPS
+from ldm_jax.sampler import in_float32_on_cpu
+from ldm_jax.spreading import draw_latents
 
 
 def choose_examples(cache: LatentCache, split: str, n: int, seed: int) -> np.ndarray:
