@@ -7,9 +7,10 @@ several hosts the same command runs on each, see docs/pods.md. With --compile_fo
 compiles the step for a pod that is not there, and says what it would need.
 """
 
-import json
 import time
+from contextlib import ExitStack, closing
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,18 @@ def train(config: Any, workdir: str | Path, profile: str = "") -> training.Train
         profile: steps to trace into workdir/profile, "20:5" for five from the 20th on.
 
     Raises:
-        FloatingPointError: when the loss is no longer a number.
+        FloatingPointError: when a loss or a gradient is no longer a number.
         ValueError: for settings that do not fit together, or a checkpoint of another model.
         OSError: if a checkpoint cannot be written, or none of those there is whole.
     """
-    with watch_preemption() as preempted:
-        return _train(config, workdir, profile, preempted)
+    _check_numbers(config)
+    records.check_local(workdir)
+    with watch_preemption() as preempted, ExitStack() as stack:
+        return _train(config, Path(workdir).expanduser(), profile, preempted, stack)
 
 
-def _train(config, workdir, profile, preempted):
-    workdir, leader = Path(workdir).expanduser(), hosts.is_leader()
-    settings = config.to_dict()
+def _train(config, workdir, profile, preempted, stack):
+    leader, settings = hosts.is_leader(), config.to_dict()
     window = StepWindow(profile if leader else "", workdir / "profile")
 
     # Encoders and data.
@@ -112,6 +114,7 @@ def _train(config, workdir, profile, preempted):
 
     # State: the newest checkpoint's, or a fresh one; packed everywhere but on the disk.
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    stack.enter_context(manager)
 
     def create_state(key):
         shapes = cache.latent_shape, cache.embedding_shape
@@ -132,7 +135,7 @@ def _train(config, workdir, profile, preempted):
         state = keep(sharding.compile_creation(create_state, mesh))(init_key)
     start = int(state.step)
     if leader:
-        (workdir / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        records.write_json(workdir / "config.json", settings)
         if mesh.shape["fsdp"] > 1:
             shapes = unpack(sharding.place_shapes(mesh, state.params))
             print(sharding.describe_shardings(shapes))
@@ -168,10 +171,12 @@ def _train(config, workdir, profile, preempted):
         print(snapshots.describe_cost(state, number), flush=True)
 
     # Pictures and held-out loss: always the same captions, seeds and noise.
-    captions = list(config.captions)
-    labels = text_encoder(captions)
-    seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
-    picture_keys = sampler.get_picture_keys(range(len(captions)))
+    captions = list(config.captions) if config.sample_every else []
+    labels = seeds = picture_keys = None
+    if captions:
+        labels = text_encoder(captions)
+        seeds = np.asarray(sampler.sample_seeds(range(len(captions)), cache.latent_shape))
+        picture_keys = sampler.get_picture_keys(range(len(captions)))
 
     def get_denoiser(state):
         return sampler.Denoiser(network, gather(state.ema_variables), process)
@@ -179,6 +184,7 @@ def _train(config, workdir, profile, preempted):
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
         denoiser = get_denoiser(state)
+        denoiser = sampler.in_float32_on_cpu(denoiser)
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
         latents = diffuser.reverse_diffusion(seeds, labels, keys=picture_keys)
         latents = jax.jit(scale.restore)(latents)
@@ -210,17 +216,20 @@ def _train(config, workdir, profile, preempted):
         batches = feed.feed_batches(mesh, read_rows(0, "valid"), steps, config.batch_size)
         keys = [jax.random.fold_in(eval_key, k) for k in steps]
         losses = [eval_step(state, key, batch) for key, batch in zip(keys, batches)]
-        return float(np.mean(jax.device_get(losses)))
+        loss = np.mean(jax.device_get(losses))
+        training.check_losses(np.asarray([loss]), int(state.step), "held-out loss")
+        return float(loss)
 
     # The loop.
     batches = feed.feed_batches(
         mesh, read_rows(config.seed, "train"), range(start, config.steps), config.batch_size
     )
+    stack.enter_context(closing(batches))
     stop = preempted(start)
     count_forward = partial(count_flops, network, cache.latent_shape, cache.embedding_shape)
     at_peak = get_images_at_peak(count_forward, list(mesh.devices.flat))
     log = RunLog(workdir, config.steps, start, config.batch_size, leader, at_peak)
-    with manager, log, window:
+    with log, window:
         for step in range(start + 1, config.steps + 1):
             if stop:
                 break
@@ -234,31 +243,34 @@ def _train(config, workdir, profile, preempted):
 
             stop = preempted(step) and step < config.steps
             save = stop or due(step, config.save_every)
-            examined = examine and due(step, config.evaluate_every)
-            snapshot = due_snapshot(step) and not stop
-            close = save or examined or snapshot or due(step, config.log_every)
-            values = log.close_window(step) if close else {}
-            # What a preempted run has no time for: held-out loss and pictures.
-            evaluate = (save or due(step, config.eval_every)) and not stop
-            if evaluate and cache.num_examples("valid"):
+            snapshot = due_snapshot(step)
+            # What a preempted run has no time for: held-out loss, pictures and their quality.
+            evaluate = not stop and (save or due(step, config.eval_every))
+            evaluate = evaluate and cache.num_examples("valid")
+            draw = not stop and captions and due(step, config.sample_every)
+            quality = not stop and examine and due(step, config.evaluate_every)
+            if not (save or snapshot or evaluate or draw or quality or due(step, config.log_every)):
+                continue
+            values = log.close_window(step)  # First of all: it stops where there are no numbers.
+            if evaluate:
                 values["held_out_loss"] = held_out_loss(state)
-            if due(step, config.sample_every) and not stop:
+            if draw:
                 write_samples(step, state, log)
-            if examine and examined and not stop:
+            if examine and quality:
                 values |= examine(step, get_denoiser(state))
             if snapshot:
                 write_snapshot(step, state)
             if save:
                 checkpoint.save_checkpoint(manager, state, meta, values.get("held_out_loss"))
-            if values:
-                log.write(step, values)
-                log.restart_clock()
-                manager.check_last_save()
+            log.write(step, values)
+            log.restart_clock()
+            manager.check_last_save()
         manager.wait_until_finished()
     if stop and leader:
+        taken = int(state.step)
+        saved = "which is saved" if taken > start else "before another was taken"
         print(
-            f"SIGTERM: stopped after step {int(state.step)}, which is saved; the same command "
-            "goes on from there",
+            f"SIGTERM: stopped after step {taken}, {saved}; the same command goes on from there",
             flush=True,
         )
     return unpack(state)
@@ -279,6 +291,16 @@ def compile_for(config: Any, pod: str) -> bool:
     found = forecast.forecast_step(config, target, embedding_shape)
     print(forecast.describe(found, target))
     return found.fits
+
+
+def _check_numbers(config):
+    """Of steps and pictures; 0 is "never" for what a run can do without."""
+    least = dict.fromkeys(("steps", "batch_size", "log_every", "eval_every", "save_every"), 1)
+    least |= {"power_ema.snapshot_every": 1, "sample_every": 0, "evaluate_every": 0}
+    for name, smallest in least.items():
+        value = attrgetter(name)(config)
+        if value < smallest:
+            raise ValueError(f"config.{name} must be at least {smallest}, got {value}")
 
 
 def _check_shapes(network, cache):

@@ -118,7 +118,7 @@ def get_config():
 
     config.log_every = 100
     config.eval_every = 1_000
-    config.sample_every = 5_000
+    config.sample_every = 5_000  # 0: never
     config.save_every = 5_000
     config.keep_checkpoints = 2
     return config.lock()

@@ -12,6 +12,7 @@ from ldm_jax import hosts, quality, report, sampler
 from ldm_jax.data import LatentCache
 from ldm_jax.features import load_extractor
 from ldm_jax.latents import LatentScale
+from ldm_jax.spreading import draw_latents
 
 
 def get_examiner(
@@ -41,9 +42,15 @@ def get_examiner(
 
     Raises:
         FileNotFoundError: if a picture is no longer there.
-        ValueError: if too few pictures are trained on or held out.
+        ValueError: if the cache was made of no pictures, too few are trained on or held out, or one
+            that was chosen cannot be read any more.
     """
     pictures = quality.list_pictures(cache)
+    if not all(picture.captions[0] for picture in pictures):
+        raise ValueError(
+            f"evaluate_every needs a cache of pictures with captions, got {cache.folder}, "
+            "which was made of arrays: set it to 0"
+        )
     chosen = quality.choose_captions(pictures, captions_per_group, seed)
     captions = {split: quality.get_captions(pictures, rows) for split, rows in chosen.items()}
     labels = {split: text_encoder(texts) for split, texts in captions.items()}
@@ -54,15 +61,21 @@ def get_examiner(
         exam = quality.create_exam(
             pictures, extractor, size, captions_per_group, seed, progress=True
         )
+        # All hosts draw what was chosen; a picture that cannot be read is chosen no more.
+        for split, texts in captions.items():
+            if split not in exam.chosen or exam.captions(split) != texts:
+                raise ValueError(
+                    f"some pictures of {cache.manifest['source']} cannot be read any more (named "
+                    f"above), and the captions of {split!r} would be compared with others: restore "
+                    "them, or encode again"
+                )
 
     def examine(step, denoiser):
         began, drawn = time.perf_counter(), {}
-        diffuser = sampler.get_diffuser(quality.in_float32_on_cpu(denoiser), **sampling)
+        diffuser = sampler.get_diffuser(sampler.in_float32_on_cpu(denoiser), **sampling)
         for split, texts in captions.items():
             seeds = quality.get_seeds(texts, seed)
-            latents = quality.draw_latents(
-                diffuser, labels[split], seeds, cache.latent_shape, batch_size
-            )
+            latents = draw_latents(diffuser, labels[split], seeds, cache.latent_shape, batch_size)
             if exam:
                 latents = np.asarray(scale.restore(jnp.asarray(latents)))
                 drawn[split] = vae.decode(latents, as_bytes=True)

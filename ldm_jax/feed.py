@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import jax
 import numpy as np
@@ -67,7 +67,7 @@ def feed_batches(
     steps: range,
     batch_size: int,
     ahead: int = 2,
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Batches k for k in `steps`, read and sent to the mesh by a thread that stays `ahead` of them.
 
     Args:

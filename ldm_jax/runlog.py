@@ -43,7 +43,9 @@ class RunLog:
         self._writes = writes
         if writes:
             drop_later_lines(self._path, start)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), write_to_disk=writes)
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=start + 1, write_to_disk=writes
+        )
         self._bar = tqdm(
             total=steps,
             initial=start,
@@ -77,14 +79,16 @@ class RunLog:
             "waited_for_data", the share of the time.
 
         Raises:
-            FloatingPointError: if a loss is no longer a number.
+            FloatingPointError: if a loss, or another of the metrics, is no longer a number.
         """
         fetched = jax.device_get(self._metrics)
         if not fetched:
             return {}
         means = {key: float(np.mean([m[key] for m in fetched])) for key in fetched[0]}
         seconds = time.perf_counter() - self._began
-        check_losses(np.asarray([m["loss"] for m in fetched]), step)
+        # A loss is that of the weights before its step: the gradient says what the step did.
+        for name in ("loss", *means):
+            check_losses(np.asarray([m[name] for m in fetched]), step, name)
         figures = {"images_per_second": len(fetched) * self._batch_size / seconds}
         if self._images_at_peak:
             figures["share_of_peak"] = figures["images_per_second"] / self._images_at_peak
@@ -110,8 +114,8 @@ class RunLog:
             self._board.add_image(caption, (image + 1) / 2, step, dataformats="HWC")
 
     def restart_clock(self) -> None:
-        """Leaves out of the throughput what was done since: evaluation, pictures, checkpoints."""
-        self._began = time.perf_counter() if not self._metrics else self._began
+        """Leaves out of the throughput what was done since the window was closed."""
+        self._began = time.perf_counter()
 
     def _start_window(self):
         self._metrics: list[dict[str, jax.Array]] = []

@@ -75,10 +75,17 @@ def get_optimizer(
         clip_norm: largest global norm of a gradient; 0 for no clipping.
 
     Raises:
-        ValueError: for another decay, or a warm-up longer than the run.
+        ValueError: for another decay, a warm-up longer than the run, or numbers out of range.
     """
     if decay not in DECAYS:
         raise ValueError(f"decay must be one of {DECAYS}, got {decay!r}")
+    for name, value in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name} must lie in [0, inf), got {value}")
+    if not 0 <= b2 < 1:
+        raise ValueError(f"b2 must lie in [0, 1), got {b2}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"warmup_steps must lie in [0, steps={steps}), got {warmup_steps}")
     if decay == "cosine":
@@ -306,11 +313,12 @@ def get_eval_step(
     return eval_step
 
 
-def check_losses(losses: Float[np.ndarray, " n"], last_step: int) -> None:
+def check_losses(losses: Float[np.ndarray, " n"], last_step: int, name: str = "loss") -> None:
     """Stops a run whose loss is no longer a number.
 
     Args:
         losses: of the latest n steps, the last of which is `last_step`.
+        name: what they are called, where they are something else that must be a number.
 
     Raises:
         FloatingPointError: names the first such step and the window that was looked at.
@@ -319,7 +327,7 @@ def check_losses(losses: Float[np.ndarray, " n"], last_step: int) -> None:
     if broken.size:
         first = last_step - len(losses) + 1
         raise FloatingPointError(
-            f"the loss became {losses[broken[0]]} at step {first + broken[0]} "
+            f"the {name} became {losses[broken[0]]} at step {first + broken[0]} "
             f"(steps {first} to {last_step} were looked at); no checkpoint was written since. "
             "Try a lower learning rate, warm-up steps or clip_norm"
         )

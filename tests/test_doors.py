@@ -209,7 +209,7 @@ def test_pictures_are_drawn_from_the_checkpoint_alone(root, tmp_path):
     assert metadata["prompt"] == "a green rectangle"
     assert metadata["seed"] == "6"
     assert metadata["diffusion_steps"] == "5"
-    assert metadata["checkpoint"] == str(root / "run")
+    assert metadata["checkpoint"] == str(root / "run") and metadata["step"] == "20"
 
 
 def test_a_picture_is_drawn_again_alone_from_its_seed(root, tmp_path):
@@ -286,18 +286,26 @@ def test_decoding_in_bfloat16_changes_little(root, tmp_path):
     assert 0 < np.sqrt(np.mean(error**2)) < 2  # of 255
 
 
+def get_npy_config(folder, **changes):
+    config = get_config(folder, **changes)
+    config.data.source = "npy"
+    config.data.path = f"{folder / 'latents.npy'},{folder / 'text.npy'}"
+    config.latents.normalisation = "global"
+    config.latents.deviations = 2.5
+    return config
+
+
 def test_a_pair_of_npy_files_is_trained_on(tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "latents.npy", rng.normal(size=(64, 8, 8, 4)).astype(np.float32))
     np.save(tmp_path / "text.npy", rng.normal(size=(64, 512)).astype(np.float32))
-    config = get_config(tmp_path, steps=5)
-    config.data.source = "npy"
-    config.data.path = f"{tmp_path / 'latents.npy'},{tmp_path / 'text.npy'}"
-    config.latents.normalisation = "global"
-    config.latents.deviations = 2.5
+    config = get_npy_config(tmp_path, steps=5, sample_every=0)
     encode.encode(config, progress=False)
     state = train.train(config, tmp_path / "run")
     assert int(state.step) == 5
+    assert not (tmp_path / "run" / "samples").exists()
+    with pytest.raises(ValueError, match="evaluate_every needs a cache of pictures with captions"):
+        train.train(get_npy_config(tmp_path, steps=6, evaluate_every=2), tmp_path / "other")
     model = models.load_model(tmp_path / "run")
     train_split = open_cache(tmp_path / "cache").examples("train")
     latents = np.load(tmp_path / "latents.npy")[train_split]
@@ -306,14 +314,47 @@ def test_a_pair_of_npy_files_is_trained_on(tmp_path):
     assert paths[0].exists()
 
 
-def test_nan_stops_the_run_and_names_the_steps(root, tmp_path):
-    config = get_config(root)
-    config.optimizer.learning_rate = float("inf")
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, r"the loss became nan at step 2 \(steps 1 to 5 were"),
+        ({"sample_every": 3}, r"the loss became nan at step 2 \(steps 1 to 3 were"),
+        # The loss of step 1 is that of the weights before it.
+        ({"save_every": 1}, r"the held-out loss became (nan|inf) at step 1 "),
+    ],
+)
+def test_nan_stops_the_run_before_it_is_saved_or_drawn(root, tmp_path, changes, message):
+    config = get_config(root, **changes)
+    config.optimizer.learning_rate = 1e38
     config.optimizer.clip_norm = 0.0
     config.optimizer.warmup_steps = 0
-    with pytest.raises(FloatingPointError, match=r"the loss became nan at step 2 \(steps 1 to 5"):
+    with pytest.raises(FloatingPointError, match=message):
         train.train(config, tmp_path)
     assert checkpoint.open_checkpoints(tmp_path / "checkpoints").latest_step() is None
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"save_every": 0}, "config.save_every must be at least 1, got 0"),
+        ({"steps": 0}, "config.steps must be at least 1, got 0"),
+        ({"sample_every": -1}, "config.sample_every must be at least 0, got -1"),
+    ],
+)
+def test_numbers_of_steps_that_make_no_sense_are_refused(root, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.train(get_config(root, **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_is_no_folder(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="got gs://bucket/run: mount what it names"):
+        train.train(get_config(root), "gs://bucket/run")
+    with pytest.raises(ValueError, match="got gs://bucket/run: mount what it names"):
+        models.load_model("gs://bucket/run")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_network_is_not_gone_on_with(root):

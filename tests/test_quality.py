@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from ldm_jax import exports, models, quality, report
+from ldm_jax import examiner, exports, models, quality, report, spreading
 from ldm_jax.data import open_cache
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import Extractor, Reference, get_thumbnails
@@ -222,7 +223,7 @@ def test_a_picture_does_not_depend_on_the_batches_it_is_drawn_in():
     labels = np.linspace(0, 1, 5, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
     seeds = quality.get_seeds("abcde", seed=0)
     one, other = (
-        quality.draw_latents(diffuser, labels, seeds, (2, 2, 4), batch_size)
+        spreading.draw_latents(diffuser, labels, seeds, (2, 2, 4), batch_size)
         for batch_size in (2, 8)
     )
     assert one.shape == (5, 2, 2, 4)
@@ -293,3 +294,21 @@ def test_the_nearest_caption_is_that_of_a_training_picture(text_encoder):
     assert figures["train"]["copied"]["recall_1"].value == 1.0
     assert figures["test"]["copied"]["recall_1"].value == 0.0
     assert figures["test"]["reconstructed"]["recall_1"].value == 1.0
+
+
+def test_exams_of_a_run_refuse_pictures_that_can_no_longer_be_read(monkeypatch, tmp_path):
+    exam, _ = create_exam()
+    whole = list(exam.pictures)
+    gone = whole[exam.chosen["cell"][0]]
+    broken = exam._replace(
+        pictures=[p for p in whole if p is not gone],
+        chosen=quality.choose_captions([p for p in whole if p is not gone], len(whole), 0),
+    )
+    monkeypatch.setattr(quality, "list_pictures", lambda cache: whole)
+    monkeypatch.setattr(quality, "create_exam", lambda *args, **kwargs: broken)
+    monkeypatch.setattr(examiner, "load_extractor", lambda name: exam.extractor)
+    cache = SimpleNamespace(latent_shape=(2, 2, 4), manifest={"source": "there"}, folder="there")
+    vae, scale = SimpleNamespace(downsampling=8), LatentScale(1.0)
+    arguments = cache, vae, lambda texts: np.zeros((len(texts), 3)), scale, {}, 0, len(whole)
+    with pytest.raises(ValueError, match="some pictures of there cannot be read any more"):
+        examiner.get_examiner(tmp_path, *arguments, "efflite0", 4)

@@ -168,17 +168,17 @@ def test_a_run_resumed_after_sigterm_has_the_snapshots_of_one_left_alone(root, r
     class Preempted(train.RunLog):
         def add_step(self, metrics, waited):
             super().add_step(metrics, waited)
-            if self._bar.n == 13:
+            if self._bar.n == 14:  # A step whose snapshot is due.
                 signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "RunLog", Preempted)
-        assert int(train.train(get_tiny(root), root / "preempted").step) == 13
+        assert int(train.train(get_tiny(root), root / "preempted").step) == 14
     told = capsys.readouterr().out
     assert "power-function averages of sigma_rel 0.05 and 0.1: 10 snapshots of" in told
     # As if the run had come further before it was killed: of steps that it takes again.
     whole, found = (snapshots.list_snapshots(folder) for folder in (run, root / "preempted"))
-    assert list(whole) == [*range(2, 21, 2)] and list(found) == [*range(2, 13, 2)]
+    assert list(whole) == [*range(2, 21, 2)] and list(found) == [*range(2, 15, 2)]
     (root / "preempted" / "snapshots" / "00000015.safetensors").write_bytes(b"of another day")
     resumed = train.train(get_tiny(root), root / "preempted")
     chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(alone))

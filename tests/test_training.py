@@ -287,6 +287,14 @@ def test_a_loss_that_is_no_number_names_its_step_and_the_window():
             lambda: get_train_step(Recorder(), optax.sgd(0.1), SCALE, translation=1.1),
             r"translation must lie in \[0, 1\], got 1.1",
         ),
+        # Optax would turn every gradient round.
+        (
+            lambda: get_optimizer(steps=2, clip_norm=-1.0),
+            r"clip_norm must lie in \[0, inf\), got -1",
+        ),
+        (lambda: get_optimizer(np.nan, steps=2), r"learning_rate must lie in \[0, inf\), got nan"),
+        (lambda: get_optimizer(steps=2, b2=1.0), r"b2 must lie in \[0, 1\), got 1.0"),
+        (lambda: get_optimizer(steps=0), "steps must be at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(create, message):
