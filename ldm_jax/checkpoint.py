@@ -27,6 +27,7 @@ from ldm_jax.training import TrainState
 
 T = TypeVar("T")
 EMPTY = "an empty directory"
+UNREADABLE = "not read: "  # Begins a fault that is not the checkpoint's.
 
 # Orbax lets every replica write a slice of a replicated tensor, and cuts the slices one by one.
 # With slices of a MiB or more, saving 451 small tensors of 8 devices holds a run up for 0.4 s and
@@ -161,6 +162,8 @@ def restore_checkpoint(manager: Checkpoints, target: TrainState, meta: dict) -> 
     Raises:
         ValueError: if a checkpoint belongs to another model; the fields that differ are named.
         DamagedError: if there are checkpoints and none is whole. They stay where they are.
+        UnreadableError: if one could not be read for a reason that says nothing of it, such as a
+            lack of memory; it stays where it is, too.
     """
     faults: dict[int, str] = {}
     trees = unpack(target)  # As it was saved.
@@ -187,29 +190,40 @@ def _restore_step(
     """A state and None, or None and what is wrong with the checkpoint: the same on each process."""
     if records.is_empty(folder, step):
         return None, EMPTY
-    record, fault = _attempt(lambda: records.read_record(folder, step))
+    where = f"{folder}, step {step}"
+    record, fault = _attempt(where, lambda: records.read_record(folder, step))
     if record is None:
         return None, fault
-    where = f"{folder}, step {step}"
     check_meta(record["model"], meta, where)
     digests = record["digests"]
     if digests is None:
         logging.warning("%s has no digests: damage to it would not be noticed", where)
     else:
         _check_names(digests, target, where)
-    state, fault = _attempt(lambda: records.read_tensors(folder, step, target))
+    state, fault = _attempt(where, lambda: records.read_tensors(folder, step, target))
     if state is not None and digests is not None:
-        _, fault = _attempt(lambda: records.check_tensors(state, digests))
+        _, fault = _attempt(where, lambda: records.check_tensors(state, digests))
     return (state, None) if fault is None else (None, fault)
 
 
-def _attempt(read: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What `read` returns, or what went wrong with it on any of the processes."""
+def _attempt(where: str, read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `read` returns, or what is wrong with what it reads, on any of the processes.
+
+    Raises:
+        UnreadableError: on all processes, if one of them could not read for another reason.
+    """
     try:
         result, fault = read(), None
     except Exception as error:
         result, fault = None, records.describe(error)
+        fault = f"{UNREADABLE}{fault}" if records.is_passing(error) else fault
     fault = _agree(fault)
+    if fault is not None and fault.startswith(UNREADABLE):
+        raise records.UnreadableError(
+            f"the checkpoint in {where} could not be read ({fault.removeprefix(UNREADABLE)}), and "
+            "may be whole: nothing was moved. Start again when that is mended, or move the folder "
+            "of that step away to go back to the one before"
+        )
     return (result, None) if fault is None else (None, fault)
 
 

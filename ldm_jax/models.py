@@ -93,6 +93,7 @@ def load_model(
     Raises:
         FileNotFoundError: if there is neither in the folder, or no such step.
         DamagedError: if the checkpoint is not what was saved; the other steps are named.
+        UnreadableError: if it could not be read for another reason, such as a lack of memory.
         ValueError: for an address instead of a folder, a checkpoint of a newer format, weights that
             do not fit the network, or an `ema` that the snapshots do not reach.
     """
@@ -114,6 +115,11 @@ def load_model(
         try:
             meta, variables = _read_averages(path, step)
         except Exception as error:
+            if records.is_passing(error):
+                raise records.UnreadableError(
+                    f"the checkpoint of step {step} in {path} could not be read, and may be whole: "
+                    f"{records.describe(error)}"
+                ) from error
             others = ", ".join(str(s) for s in _list_checkpoints(path) if s != step)
             raise records.DamagedError(
                 f"the checkpoint of step {step} in {path} is damaged: {records.describe(error)}. "

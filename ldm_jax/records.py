@@ -5,6 +5,7 @@ of each tensor, and a SHA-256 of all that, so that a flipped bit in either is no
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
@@ -26,8 +27,21 @@ from ldm_jax.digest import get_digests
 STATE_ITEM, RECORD_ITEM = "state", "meta"
 
 
+# Of failures that say nothing of a file: too little memory or rights, a file system that is away.
+PASSING_ERRNOS = (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+PASSING_TEXTS = (
+    "RESOURCE_EXHAUSTED",
+    "PERMISSION_DENIED",
+    *(os.strerror(number) for number in PASSING_ERRNOS),
+)
+
+
 class DamagedError(OSError):
     """A checkpoint on the disk is not what was saved."""
+
+
+class UnreadableError(OSError):
+    """A checkpoint could not be read, which says nothing of what is on the disk."""
 
 
 def check_local(folder: str | os.PathLike) -> None:
@@ -105,7 +119,8 @@ def read_tensors(
         partial: `target` holds a part of what was saved; the rest is not read.
 
     Raises:
-        DamagedError: if they cannot be read, whatever the reason.
+        UnreadableError: if they could not be read for a reason that `is_passing`.
+        DamagedError: if they cannot be read for any other.
     """
     args = ocp.args.PyTreeRestore(
         item=target,
@@ -117,9 +132,22 @@ def read_tensors(
         try:
             return ocp.PyTreeCheckpointHandler().restore(path, args=args)
         except Exception as error:
-            fault = describe(error)
+            fault, passing = describe(error), is_passing(error)
             absl_logging.debug("Raised here:", exc_info=True)
-    raise DamagedError(fault)
+    raise UnreadableError(fault) if passing else DamagedError(fault)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, may be gone tomorrow: the file may be whole."""
+    while error is not None:
+        if isinstance(error, (UnreadableError, MemoryError)):
+            return True
+        if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
+            return True
+        if any(text in str(error) for text in PASSING_TEXTS):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextlib.contextmanager
@@ -172,7 +200,8 @@ def describe(error: Exception) -> str:
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     text = text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
-    return text if isinstance(error, DamagedError) else f"{type(error).__name__}: {text}"
+    told = isinstance(error, (DamagedError, UnreadableError))
+    return text if told else f"{type(error).__name__}: {text}"
 
 
 def _get_sha256(content: dict) -> str:

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back on any mesh, or the run goes back and says so."""
 
+import errno
 import json
 import shutil
 import sys
@@ -23,7 +24,7 @@ from states import (
 )
 
 from benchmarks.processes import run_processes
-from ldm_jax import checkpoint, training
+from ldm_jax import checkpoint, models, records, training
 from ldm_jax.records import DamagedError
 
 
@@ -223,6 +224,33 @@ def test_without_a_whole_checkpoint_each_is_named_and_none_is_moved(tmp_path, ru
     ):
         restore(folder, state)
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["5", "7"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes"),
+        ValueError('Error opening "zarr": Too many open files'),
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.ESTALE, "Stale file handle"),
+    ],
+)
+def test_what_could_not_be_read_is_not_taken_for_damaged(
+    tmp_path, run_folder, state, monkeypatch, fault
+):
+    folder = copy_run(run_folder, tmp_path)
+
+    def fail(*args, **kwargs):
+        raise fault
+
+    monkeypatch.setattr(records.ocp.PyTreeCheckpointHandler, "restore", fail)
+    with pytest.raises(records.UnreadableError, match="may be whole: nothing was moved"):
+        restore(folder, state)
+    with pytest.raises(records.UnreadableError, match="step 7 in .* may be whole"):
+        models.load_model(folder)
+    assert not (folder / "damaged").exists()
+    monkeypatch.undo()
+    chex.assert_trees_all_equal(restore(folder, state), at_step(state, 7))
 
 
 def test_an_empty_directory_is_not_taken_for_a_checkpoint(tmp_path, state, warnings):
