@@ -66,6 +66,7 @@ def evaluate(
     seed: int = 0,
     sampling: Mapping[str, Any] | None = None,
     vae: str | None = None,
+    text_encoder: str | None = None,
     features: str = "efflite0",
     clip: str = "",
     ends: bool = False,
@@ -78,7 +79,8 @@ def evaluate(
     that two checkpoints draw the same. With `ema` the weights are the average of that sigma_rel,
     made of the run's snapshots. `sampling` holds settings of `sampler.get_diffuser` that replace
     the checkpoint's. `vae` names an autoencoder whose decoder is taken in the place of the
-    training's; its encoder must be the same.
+    training's; its encoder must be the same. `text_encoder` is where the training's lies now, if it
+    was moved.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
@@ -99,6 +101,7 @@ def evaluate(
         captions_per_group,
         seed,
         vae=vae,
+        text_encoder=text_encoder,
         features=features,
         clip=clip,
         progress=progress,
@@ -139,6 +142,7 @@ def load_examinee(
     seed: int,
     *,
     vae: str | None = None,
+    text_encoder: str | None = None,
     features: str = "efflite0",
     clip: str = "",
     progress: bool = True,
@@ -151,6 +155,7 @@ def load_examinee(
         pictures: folder of the real pictures; None: those that `find_pictures` finds.
         captions_per_group: see `quality.choose_captions`, as is `seed`.
         vae: autoencoder to decode by, with the training's encoder; None: the training's.
+        text_encoder: where the training's lies now; None: where it was.
         features: of `load_extractor`.
         clip: folder of a CLIP, or empty.
 
@@ -164,7 +169,7 @@ def load_examinee(
     listed = read_folder(folder)
     quality.choose_captions(listed, captions_per_group, seed)  # Raises before the long part.
     autoencoder = models.load_encoder(load_vae, model.meta["vae"], vae)
-    text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
+    encode = models.load_encoder(load_text_encoder, model.meta["text_encoder"], text_encoder)
     shape = tuple(model.meta["latent_shape"])
     size = shape[0] * autoencoder.downsampling
     exam = quality.create_exam(
@@ -180,8 +185,8 @@ def load_examinee(
         "decoder_sha256": autoencoder.decoder_sha256,
     }
     model = model.convert(in_float32_on_cpu)
-    labels = {split: text_encoder(exam.captions(split)) for split in exam.chosen}
-    return Examinee(model, shape, autoencoder, text_encoder, exam, labels, told)
+    labels = {split: encode(exam.captions(split)) for split in exam.chosen}
+    return Examinee(model, shape, autoencoder, encode, exam, labels, told)
 
 
 def draw_group(
@@ -250,6 +255,7 @@ def main(argv):
             seed=f.seed,
             sampling={k: v for k, v in sampling.items() if v is not None},
             vae=f.vae,
+            text_encoder=f.text_encoder,
             features=f.features,
             clip=f.clip,
             ends=f.ends,
@@ -277,6 +283,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("guidance", None, "weight of the text; default: the checkpoint's")
     flags.DEFINE_float("guidance_style", None, "weight of its style; default: the checkpoint's")
     flags.DEFINE_string("vae", None, "an autoencoder to decode by; default: the training's")
+    flags.DEFINE_string("text_encoder", None, "where the training's lies now, as clip:FOLDER")
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
     flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")

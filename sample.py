@@ -52,6 +52,7 @@ def sample(
     guide_step: str | int = "last",
     batch_size: int = 16,
     vae: str | None = None,
+    text_encoder: str | None = None,
     vae_dtype: str = "float32",
     **settings: Any,
 ) -> list[Path]:
@@ -63,6 +64,7 @@ def sample(
     checkpoint estimates, that in `guide_folder` or the checkpoint's own guide; from no text, where
     there is none or `guide_folder` is NO_GUIDE; or from `negative_prompt`. `vae` names an
     autoencoder whose decoder is taken in the place of the training's; its encoder must be the same.
+    `text_encoder` is where the training's lies now, if it was moved.
     With a `vae_dtype` of "bfloat16" a GPU decodes faster, at some 55 dB from the float32 pictures
     (the bundled VAE). With `ema` the weights are the average of that sigma_rel, made of the run's
     snapshots.
@@ -77,6 +79,8 @@ def sample(
     negative_prompts = [] if negative_prompt is None else [negative_prompt]
     for prompt in [*prompts, *negative_prompts]:
         check_prompt(prompt)
+    if guide_folder in (None, NO_GUIDE) and guide_step != "last":
+        raise ValueError(f"guide_step {guide_step} needs a guide's run (--guide), got none")
     if guide_folder not in (None, NO_GUIDE) and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
@@ -87,14 +91,14 @@ def sample(
     diffuser = model.convert(in_float32_on_cpu).get_diffuser(**settings)
     settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
-    text_encoder = models.load_encoder(load_text_encoder, model.meta["text_encoder"])
+    encode = models.load_encoder(load_text_encoder, model.meta["text_encoder"], text_encoder)
     decoder = models.load_encoder(load_vae, model.meta["vae"], vae, dtype=vae_dtype)
 
     captions = [prompt for prompt in prompts for _ in range(num)]
-    labels = np.repeat(text_encoder(list(prompts)), num, axis=0)
+    labels = np.repeat(encode(list(prompts)), num, axis=0)
     negative_labels = None
     if negative_prompts:
-        negative_labels = np.repeat(text_encoder(negative_prompts), len(captions), axis=0)
+        negative_labels = np.repeat(encode(negative_prompts), len(captions), axis=0)
     picture_seeds = np.tile(np.arange(seed, seed + num), len(prompts))
     shape = tuple(model.meta["latent_shape"])
     latents = draw_latents(
@@ -134,7 +138,12 @@ def _get_settings(f):
     settings = {name: f[flag].value for flag, name in SETTINGS.items()}
     settings = {name: value for name, value in settings.items() if value not in (None, [])}
     if "guidance_interval" in settings:
-        settings["guidance_interval"] = [float(level) for level in settings["guidance_interval"]]
+        given = settings["guidance_interval"]
+        try:
+            settings["guidance_interval"] = [float(level) for level in given]
+        except ValueError as error:
+            needed = "--guidance_interval needs two numbers, as 0.1,0.8"
+            raise ValueError(f"{needed}, got {','.join(given)}") from error
     return settings
 
 
@@ -159,6 +168,7 @@ def main(argv):
             guide_step=f.guide_step,
             batch_size=f.batch_size,
             vae=f.vae,
+            text_encoder=f.text_encoder,
             vae_dtype=f.vae_dtype,
             **_get_settings(f),
         )
@@ -191,6 +201,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("guide_step", "last", "of the guide, as --step")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_string("vae", None, "an autoencoder to decode by; default: the training's")
+    flags.DEFINE_string("text_encoder", None, "where the training's lies now, as clip:FOLDER")
     flags.DEFINE_enum("vae_dtype", "float32", DTYPES, "of the decoding's computation")
     flags.DEFINE_string("out", "pictures", "folder for the PNG files")
     flags.mark_flag_as_required("prompt")

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -50,8 +51,11 @@ def keep_compiled() -> str:
 def _describe(folder):
     if "://" in folder:
         return f"compiled programs are kept in {folder}"
-    # Another process may be removing files. What programs.py keeps has a limit of its own.
-    sizes = [os.path.getsize(p) for p in Path(folder).glob("*") if os.path.isfile(p)]
+    sizes = []
+    for path in Path(folder).glob("*"):
+        with suppress(FileNotFoundError):  # Another process may be removing files.
+            # What programs.py keeps, in a folder of its own, has a limit of its own.
+            sizes += [path.stat().st_size] if path.is_file() else []
     limit = jax.config.values["jax_compilation_cache_max_size"]
     most = "" if limit < 0 else f" of at most {limit / 1e6:.0f}"
     return f"compiled programs are kept in {folder}: {sum(sizes) / 1e6:.1f} MB{most}"

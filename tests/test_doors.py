@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 from functools import partial
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -427,6 +428,17 @@ def test_a_decoder_of_the_same_latents_is_taken_and_one_of_others_refused(root, 
     assert brighter.text["decoder_sha256"] != plain.text["decoder_sha256"]
     with pytest.raises(ValueError, match="bundled:emoji of digest .*/encoder found here has"):
         draw(tmp_path / "out", vae=str(tmp_path / "encoder"))
+    with pytest.raises(ValueError, match="trained with use of digest .* use-parts found here has"):
+        draw(tmp_path / "out", text_encoder="use-parts")
+    with pytest.raises(ValueError, match="guide_step 3 needs a guide's run"):
+        draw(tmp_path / "out", guide_step=3)
+
+
+def test_an_interval_that_is_no_pair_of_numbers_says_what_was_needed():
+    given = dict.fromkeys(sample.SETTINGS, SimpleNamespace(value=None))
+    given["guidance_interval"] = SimpleNamespace(value=["0.1", "b"])
+    with pytest.raises(ValueError, match="needs two numbers, as 0.1,0.8, got 0.1,b"):
+        sample._get_settings(given)
 
 
 def test_another_vae_than_the_trainings_is_refused(root, tmp_path):
