@@ -28,7 +28,7 @@ for i in "${!hosts[@]}"; do
     command+="$(printf ' %q' "$@")"
     # In a process group of its own, so that Ctrl-C reaches this script alone. `remote_shell` may
     # be several words.
-    setsid $remote_shell "${hosts[i]}" "$command" > >(sed -u "s/^/[$i] /") 2>&1 </dev/null &
+    setsid $remote_shell "${hosts[i]}" "$command" > >(setsid sed -u "s/^/[$i] /") 2>&1 </dev/null &
     pids+=($!)
 done
 

@@ -167,20 +167,29 @@ def test_every_gpu_of_a_machine_gets_a_process_and_a_failure_is_that_of_the_scri
     assert code != 0 and "numbers of the GPUs" in output
 
 
-def test_sigterm_reaches_the_first_of_a_machines_processes(tmp_path):
-    body = "trap 'echo saved; exit 0' TERM\necho begun\nwhile :; do sleep 0.1; done"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_first_of_a_machines_processes_alone(tmp_path, number):
+    """As by Ctrl-C, to the script's whole process group: no. 1 ends by itself, not by it."""
+    ended = f"echo $CUDA_VISIBLE_DEVICES saved >> {tmp_path / 'saved'}; echo saved; exit 0"
+    waits = f"until [ -e {tmp_path / 'saved'} ]; do sleep 0.1; done; echo agreed"
+    body = f"trap '{ended}' TERM INT\necho begun\n{waits}"
     (tmp_path / "python").write_text(f"#!/usr/bin/env bash\n{body}\n")
     (tmp_path / "python").chmod(0o755)
     process = subprocess.Popen(
         [str(ROOT / "launch" / "local.sh")],
-        env=os.environ | {"GPUS": "0", "PYTHON": str(tmp_path / "python")},
+        env=os.environ | {"GPUS": "0 1", "PYTHON": str(tmp_path / "python")},
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    assert process.stdout and process.stdout.readline() == "[0] begun\n"
-    process.send_signal(signal.SIGTERM)
+    assert process.stdout
+    begun = {process.stdout.readline() for _ in range(2)}
+    assert begun == {"[0] begun\n", "[1] begun\n"}
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
-    assert (process.returncode, output) == (0, "[0] saved\n")
+    assert process.returncode == 0
+    assert set(output.splitlines()) == {"[0] saved", "[1] agreed"}
+    assert (tmp_path / "saved").read_text() == "0 saved\n"
 
 
 def test_every_host_of_a_tpu_gets_the_same_command(tmp_path):
