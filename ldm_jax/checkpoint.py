@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -64,7 +63,8 @@ class Checkpoints(ocp.CheckpointManager):
 class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     """The newest `keep` checkpoints stay, and the one with the lowest held-out loss.
 
-    Among equals the newest is the best. One whose record cannot be read has no known loss.
+    Among equals the newest is the best. One whose record is damaged has no known loss; one whose
+    record could not be read, for lack of memory say, stays.
     """
 
     folder: epath.Path
@@ -73,11 +73,17 @@ class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: ocp.checkpoint_managers.PreservationContext
     ) -> Sequence[bool]:
-        losses = {info.step: self._get_loss(info) for info in checkpoints}
-        known = [step for step, loss in losses.items() if loss is not None]
         kept = {info.step for info in checkpoints[-self.keep :]}
-        if known:
-            kept.add(min(known, key=lambda step: (losses[step], -step)))
+        losses = {}
+        for info in checkpoints:
+            try:
+                loss = self._get_loss(info)
+            except records.UnreadableError:
+                kept.add(info.step)  # It may be the best.
+            else:
+                losses |= {} if loss is None else {info.step: loss}
+        if losses:
+            kept.add(min(losses, key=lambda step: (losses[step], -step)))
         return [info.step in kept for info in checkpoints]
 
     def _get_loss(self, info: Any) -> float | None:
@@ -86,6 +92,8 @@ class NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
         try:
             return records.read_record(self.folder, info.step)["held_out_loss"]
         except Exception as error:
+            if records.is_passing(error):
+                raise records.UnreadableError(records.describe(error)) from error
             logging.warning(
                 "the checkpoint of step %d in %s is damaged, its held-out loss is unknown: %s",
                 *(info.step, self.folder, records.describe(error)),
@@ -217,7 +225,7 @@ def _attempt(where: str, read: Callable[[], T]) -> tuple[T | None, str | None]:
     except Exception as error:
         result, fault = None, records.describe(error)
         fault = f"{UNREADABLE}{fault}" if records.is_passing(error) else fault
-    fault = _agree(fault)
+    fault = hosts.agree_on_fault(fault)
     if fault is not None and fault.startswith(UNREADABLE):
         raise records.UnreadableError(
             f"the checkpoint in {where} could not be read ({fault.removeprefix(UNREADABLE)}), and "
@@ -225,19 +233,6 @@ def _attempt(where: str, read: Callable[[], T]) -> tuple[T | None, str | None]:
             "of that step away to go back to the one before"
         )
     return (result, None) if fault is None else (None, fault)
-
-
-def _agree(fault: str | None) -> str | None:
-    """The fault of the first process that has one, on all of them."""
-    if jax.process_count() == 1:
-        return fault
-    sent = np.zeros(400, np.uint8)
-    text = (fault or "").encode()[: sent.size]
-    sent[: len(text)] = np.frombuffer(text, np.uint8)
-    for received in multihost_utils.process_allgather(sent):
-        if received.any():
-            return bytes(received).rstrip(b"\0").decode(errors="replace")
-    return None
 
 
 def _check_names(digests: dict[str, str], target: TrainState, where: str) -> None:
@@ -278,7 +273,7 @@ def _check_space(folder: epath.Path, needed: int) -> None:
     """Raises OSError, on every process, if the disk has less room than the state's bytes."""
     free = shutil.disk_usage(folder).free
     fault = f"{needed} bytes are needed, {free} are free in {folder}" if free < needed else None
-    fault = _agree(fault)
+    fault = hosts.agree_on_fault(fault)
     if fault is not None:
         raise OSError(errno.ENOSPC, f"no room for a checkpoint: {fault}")
 

@@ -12,7 +12,7 @@ from ldm_jax import hosts, quality, report, sampler
 from ldm_jax.data import LatentCache
 from ldm_jax.features import load_extractor
 from ldm_jax.latents import LatentScale
-from ldm_jax.spreading import draw_latents
+from ldm_jax.spreading import sample_latents
 
 
 def get_examiner(
@@ -54,7 +54,7 @@ def get_examiner(
     chosen = quality.choose_captions(pictures, captions_per_group, seed)
     captions = {split: quality.get_captions(pictures, rows) for split, rows in chosen.items()}
     labels = {split: text_encoder(texts) for split, texts in captions.items()}
-    exam = None
+    exam, fault = None, None
     if hosts.is_leader():
         size = cache.latent_shape[0] * vae.downsampling
         extractor = load_extractor(features)
@@ -62,20 +62,21 @@ def get_examiner(
             pictures, extractor, size, captions_per_group, seed, progress=True
         )
         # All hosts draw what was chosen; a picture that cannot be read is chosen no more.
-        for split, texts in captions.items():
-            if split not in exam.chosen or exam.captions(split) != texts:
-                raise ValueError(
-                    f"some pictures of {cache.manifest['source']} cannot be read any more (named "
-                    f"above), and the captions of {split!r} would be compared with others: restore "
-                    "them, or encode again"
-                )
+        if {split: exam.captions(split) for split in exam.chosen} != captions:
+            fault = (
+                f"some pictures of {cache.manifest['source']} cannot be read any more (named "
+                "above), and captions would be compared with others: restore them, or encode again"
+            )
+    fault = hosts.agree_on_fault(fault)
+    if fault is not None:
+        raise ValueError(fault)
 
     def examine(step, denoiser):
         began, drawn = time.perf_counter(), {}
         diffuser = sampler.get_diffuser(sampler.in_float32_on_cpu(denoiser), **sampling)
         for split, texts in captions.items():
             seeds = quality.get_seeds(texts, seed)
-            latents = draw_latents(diffuser, labels[split], seeds, cache.latent_shape, batch_size)
+            latents = sample_latents(diffuser, labels[split], seeds, cache.latent_shape, batch_size)
             if exam:
                 latents = np.asarray(scale.restore(jnp.asarray(latents)))
                 drawn[split] = vae.decode(latents, as_bytes=True)

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ldm_jax import records, rounding
+from ldm_jax.cache import check_local
 from ldm_jax.shards import file_digest
 
 WEIGHTS_FILE, META_FILE = "denoiser.safetensors", "meta.json"
@@ -39,6 +40,7 @@ def export_model(
         ValueError: if a weight is beyond the range of `dtype`.
         FileExistsError: if the folder holds a model already.
     """
+    check_local(folder)
     folder = Path(folder).expanduser()
     if (folder / META_FILE).exists():
         raise FileExistsError(f"{folder} already holds a model")
@@ -113,7 +115,7 @@ def read_weights(folder: Path, digests: Mapping[str, str] | str | None) -> dict:
             if sha256 is not None and sha256 != file_digest(path):
                 raise records.DamagedError(f"{path} differs from what was exported")
             tensors |= load_file(path)
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except Exception as error:  # Of the library's own kind, which is a bare Exception.
             raise records.DamagedError(f"{path} cannot be read: {error}") from error

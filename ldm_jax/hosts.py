@@ -142,6 +142,19 @@ def check_agreement(**parts: Any) -> None:
         )
 
 
+def agree_on_fault(fault: str | None) -> str | None:
+    """The fault of the first process that has one, on all of them; every process must call it."""
+    if jax.process_count() == 1:
+        return fault
+    sent = np.zeros(400, np.uint8)
+    text = (fault or "").encode()[: sent.size]
+    sent[: len(text)] = np.frombuffer(text, np.uint8)
+    for received in multihost_utils.process_allgather(sent):
+        if received.any():
+            return bytes(received).rstrip(b"\0").decode(errors="replace")
+    return None
+
+
 def describe_code(*doors: Path) -> dict[str, str]:
     """Versions of what the numbers depend on, and a digest of this package's source."""
     sources = sorted(Path(__file__).parent.glob("*.py")) + sorted(doors)

@@ -18,6 +18,7 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from ldm_jax import exports, records, sampler, snapshots
+from ldm_jax.cache import check_local
 from ldm_jax.exports import GUIDE, META_FILE, WEIGHTS_FILE
 from ldm_jax.latents import LatentScale
 from ldm_jax.meta import ENCODERS, check_version, same_encoder
@@ -98,7 +99,7 @@ def load_model(
             do not fit the network, or an `ema` that the snapshots do not reach.
     """
     if folder is not None:
-        records.check_local(folder)
+        check_local(folder)
     path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
     taken = None
     if ema is not None:
@@ -151,7 +152,8 @@ def load_encoder(load: Callable, identity: Mapping, name: str | None = None, **o
     Args:
         load: `load_vae` or `load_text_encoder`.
         identity: "vae" or "text_encoder" of a model's meta.
-        name: of one to load instead of the training's: an autoencoder whose decoder differs alone.
+        name: of one to load instead: an autoencoder that differs in its decoder alone, or where the
+            training's encoder lies now.
         options: of `load`.
 
     Raises:
@@ -162,7 +164,7 @@ def load_encoder(load: Callable, identity: Mapping, name: str | None = None, **o
         raise ValueError(
             f"the checkpoint was trained with {identity['name']} of digest {identity['sha256']}, "
             f"{encoder.identity['name']} found here has {encoder.identity['sha256']} (of an "
-            "autoencoder's encoder; checkpoints from before the decoder was left out have another)"
+            "autoencoder that of its encoder alone; in older checkpoints that of all of it)"
         )
     return encoder
 
@@ -198,6 +200,11 @@ def _find_best_step(folder: Path, steps: list[int]) -> int:
         try:
             losses[step] = records.read_record(folder, step)["held_out_loss"]
         except Exception as error:
+            if records.is_passing(error):
+                raise records.UnreadableError(
+                    f"the checkpoint of step {step} in {folder} could not be read, and may be the "
+                    f"best: {records.describe(error)}"
+                ) from error
             logging.warning(
                 "the checkpoint of step %d in %s is damaged and not considered: %s",
                 *(step, folder, records.describe(error)),

@@ -28,10 +28,12 @@ STATE_ITEM, RECORD_ITEM = "state", "meta"
 
 
 # Of failures that say nothing of a file: too little memory or rights, a file system that is away.
-PASSING_ERRNOS = (errno.EACCES, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE)
+PASSING_ERRNOS = (
+    *(errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN),
+)
 PASSING_TEXTS = (
-    "RESOURCE_EXHAUSTED",
-    "PERMISSION_DENIED",
+    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED"),
     *(os.strerror(number) for number in PASSING_ERRNOS),
 )
 
@@ -42,15 +44,6 @@ class DamagedError(OSError):
 
 class UnreadableError(OSError):
     """A checkpoint could not be read, which says nothing of what is on the disk."""
-
-
-def check_local(folder: str | os.PathLike) -> None:
-    """Raises ValueError for an address where a folder is needed: pathlib would make one of it."""
-    if "://" in str(folder):
-        raise ValueError(
-            f"a folder must be one of this machine's file system, got {folder}: mount what it "
-            "names (gcsfuse, s3fs) on all hosts"
-        )
 
 
 def write_json(path: Path, value: Any) -> None:

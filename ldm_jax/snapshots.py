@@ -144,7 +144,7 @@ def _read_all(paths: Mapping[int, Path], about: Mapping[int, dict]) -> Iterator[
         try:
             tensors = load_file(path)
         except Exception as error:
-            raise _get_damage(path, records.describe(error)) from error
+            raise _get_fault(path, error) from error
         if _get_digest(about[step], tensors) != about[step]["sha256"]:
             raise _get_damage(path, "it differs from what was saved")
         for sigma_rel in about[step]["sigma_rels"]:
@@ -163,7 +163,14 @@ def _read_about(path: Path, step: int) -> dict[str, Any]:
             raise ValueError(f"it is that of step {about['step']}")
         return {key: about[key] for key in ("step", "sigma_rels", "model", "sha256")}
     except Exception as error:
-        raise _get_damage(path, records.describe(error)) from error
+        raise _get_fault(path, error) from error
+
+
+def _get_fault(path: Path, error: Exception) -> OSError:
+    if records.is_passing(error):
+        told = records.describe(error)
+        return records.UnreadableError(f"the snapshot {path} could not be read: {told}")
+    return _get_damage(path, records.describe(error))
 
 
 def _get_damage(path: Path, fault: str) -> records.DamagedError:

@@ -99,6 +99,26 @@ def test_a_broken_record_keeps_neither_the_folder_from_opening_nor_from_pruning(
     assert "step 1" in warnings[0] and "its held-out loss is unknown" in warnings[0]
 
 
+def test_a_record_that_could_not_be_read_may_be_the_best_and_stays(
+    tmp_path, state, monkeypatch, warnings
+):
+    save_steps(tmp_path, state, {1: 0.1, 2: 0.2, 3: 0.3})
+    read = records.read_record
+
+    def fail_once(folder, step):
+        if step == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(folder, step)
+
+    monkeypatch.setattr(records, "read_record", fail_once)
+    assert save_steps(tmp_path, state, {4: 0.4}) == [1, 2, 3, 4]
+    with pytest.raises(records.UnreadableError, match="step 1 in .* may be the best"):
+        models.load_model(tmp_path, "best")
+    monkeypatch.undo()
+    assert save_steps(tmp_path, state, {5: 0.5}) == [1, 4, 5]
+    assert warnings == []
+
+
 def test_at_least_one_checkpoint_must_be_kept(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
         checkpoint.open_checkpoints(tmp_path, keep=0)
