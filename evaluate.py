@@ -29,7 +29,7 @@ from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
 from ldm_jax.pictures import read_folder
 from ldm_jax.sampler import in_float32_on_cpu
-from ldm_jax.spreading import draw_latents
+from ldm_jax.spreading import sample_latents
 from ldm_jax.text import check_parts, load_text_encoder
 
 
@@ -200,7 +200,7 @@ def draw_group(
         settings: of `sampler.get_diffuser`.
     """
     diffuser = examinee.model.get_diffuser(**settings)
-    latents = draw_latents(
+    latents = sample_latents(
         diffuser,
         examinee.labels[split],
         examinee.exam.seeds[split],

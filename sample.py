@@ -22,7 +22,7 @@ from ldm_jax.plotting import save_grid, save_pngs
 from ldm_jax.sampler import in_float32_on_cpu
 from ldm_jax.schedules import SCHEDULES
 from ldm_jax.solvers import METHODS
-from ldm_jax.spreading import draw_latents
+from ldm_jax.spreading import sample_latents
 from ldm_jax.text import check_parts, check_prompt, load_text_encoder
 
 NO_GUIDE = "none"
@@ -101,7 +101,7 @@ def sample(
         negative_labels = np.repeat(encode(negative_prompts), len(captions), axis=0)
     picture_seeds = np.tile(np.arange(seed, seed + num), len(prompts))
     shape = tuple(model.meta["latent_shape"])
-    latents = draw_latents(
+    latents = sample_latents(
         diffuser, labels, picture_seeds, shape, batch_size, negative_labels=negative_labels
     )
     latents = np.asarray(model.scale.restore(jnp.asarray(latents)))

@@ -32,6 +32,7 @@ from ldm_jax import (
     snapshots,
     training,
 )
+from ldm_jax.cache import check_local
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
@@ -70,7 +71,7 @@ def train(config: Any, workdir: str | Path, profile: str = "") -> training.Train
         OSError: if a checkpoint cannot be written, or none of those there is whole.
     """
     _check_numbers(config)
-    records.check_local(workdir)
+    check_local(workdir)
     with watch_preemption() as preempted, ExitStack() as stack:
         return _train(config, Path(workdir).expanduser(), profile, preempted, stack)
 

@@ -1,6 +1,7 @@
 """Where downloaded packages and weights are kept: environment => a folder."""
 
 import os
+import re
 from pathlib import Path
 
 
@@ -16,3 +17,12 @@ def cache_home() -> Path:
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "ldm_jax"
+
+
+def check_local(folder: str | os.PathLike) -> None:
+    """Raises ValueError for an address where a folder is needed: pathlib would make one of it."""
+    if re.match(r"\w{2,}:/", str(folder)):  # pathlib has dropped a slash, where it came first.
+        raise ValueError(
+            f"a folder must be one of this machine's file system, got {folder}: mount what it "
+            "names (gcsfuse, s3fs) on all hosts"
+        )

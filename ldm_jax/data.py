@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from ldm_jax.cache import cache_home
+from ldm_jax.cache import cache_home, check_local
 from ldm_jax.meta import same_encoder
 from ldm_jax.order import WINDOW, Part, draw_permutation, locate_batch, next_window, order_epoch
 from ldm_jax.pictures import SPLITS
@@ -267,6 +267,7 @@ def default_cache(config) -> Path:
     if data.source not in SOURCES:
         raise ValueError(f"data.source must be one of {', '.join(SOURCES)}, got {data.source!r}")
     if data.cache:
+        check_local(data.cache)
         return Path(data.cache).expanduser()
     parts = [data.source]
     if data.path:

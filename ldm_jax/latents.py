@@ -68,7 +68,7 @@ def get_latent_scale(manifest: Mapping, normalisation: str, deviations: float) -
     if normalisation == "global":
         return LatentScale(manifest["std_latent"] * deviations / 2.5)
     if normalisation == "channel":
-        if min(manifest["channel_std"]) <= 0:
+        if not all(std > 0 for std in manifest["channel_std"]):
             raise ValueError(
                 "every channel of the latents must vary for the normalisation 'channel', got "
                 f"standard deviations {manifest['channel_std']}"

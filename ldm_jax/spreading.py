@@ -57,7 +57,7 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
     return diffuser.reverse_diffusion if len(devices) == 1 else draw
 
 
-def draw_latents(
+def sample_latents(
     diffuser: Diffuser,
     labels: Float[np.ndarray, "n *t e"],
     seeds: Int[np.ndarray, " n"],
@@ -77,8 +77,13 @@ def draw_latents(
         batch_size: pictures at once, at most.
         negative_labels: see `Diffuser.predict_x_zero`.
         progress: whether to show a bar.
+
+    Raises:
+        ValueError: for no labels, or a `batch_size` below 1.
     """
     draw, latents, n = spread(diffuser), [], len(labels)
+    if min(n, batch_size) < 1:
+        raise ValueError(f"at least one picture is needed, got {n} in batches of {batch_size}")
     size = -(-n // -(-n // batch_size))  # No more batches than are needed.
     for i in tqdm(range(0, n, size), desc="drawing", disable=not progress):
         rows = np.minimum(np.arange(i, i + size), n - 1)

@@ -21,7 +21,7 @@ from ldm_jax.pictures import load_picture
 from ldm_jax.plotting import Pairs, compose_pairs, save_png
 from ldm_jax.quality import GROUPS
 from ldm_jax.sampler import in_float32_on_cpu
-from ldm_jax.spreading import draw_latents
+from ldm_jax.spreading import sample_latents
 
 
 def choose_examples(cache: LatentCache, split: str, n: int, seed: int) -> np.ndarray:
@@ -53,7 +53,7 @@ def draw_examples(
     diffuser = model.convert(in_float32_on_cpu).get_diffuser()
     labels = cache.take(examples)["text_embeddings"]
     shape = cache.latent_shape
-    latents = draw_latents(diffuser, labels, picture_seeds, shape, progress=True)
+    latents = sample_latents(diffuser, labels, picture_seeds, shape, progress=True)
     return vae.decode(np.asarray(model.scale.restore(jnp.asarray(latents))), as_bytes=True)
 
 

@@ -272,7 +272,7 @@ def sampling_curves(
         raise ValueError(f"groups must be among {known}, got {list(groups)}")
     told = {
         "checkpoint": str(checkpoint_folder or "bundled"),
-        "step": checkpoint_step,
+        "step": checkpoint_step if model.step is None else model.step,
         **({} if ema is None else {"ema": ema}),
         "weights": _get_digest(model),
         "captions": digest_json({k: examinee.exam.captions(k) for k in known}),

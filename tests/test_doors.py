@@ -355,6 +355,10 @@ def test_an_address_is_no_folder(root, tmp_path, monkeypatch):
         train.train(get_config(root), "gs://bucket/run")
     with pytest.raises(ValueError, match="got gs://bucket/run: mount what it names"):
         models.load_model("gs://bucket/run")
+    config = get_config(root)
+    config.data.cache = "gs://bucket/cache"
+    with pytest.raises(ValueError, match="got gs://bucket/cache: mount what it names"):
+        encode.encode(config, progress=False)
     assert not any(tmp_path.iterdir())
 
 

@@ -223,7 +223,7 @@ def test_a_picture_does_not_depend_on_the_batches_it_is_drawn_in():
     labels = np.linspace(0, 1, 5, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
     seeds = quality.get_seeds("abcde", seed=0)
     one, other = (
-        spreading.draw_latents(diffuser, labels, seeds, (2, 2, 4), batch_size)
+        spreading.sample_latents(diffuser, labels, seeds, (2, 2, 4), batch_size)
         for batch_size in (2, 8)
     )
     assert one.shape == (5, 2, 2, 4)
