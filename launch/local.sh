@@ -27,11 +27,4 @@ for i in "${!gpus[@]}"; do
     pids+=($!)
 done
 
-status=0
-for pid in "${pids[@]}"; do
-    wait "$pid" && code=0 || code=$?
-    # A signal ends `wait` early.
-    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
-    [ "$code" -eq 0 ] || status=$code
-done
-exit "$status"
+. launch/wait_for_all.sh

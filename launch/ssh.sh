@@ -32,11 +32,4 @@ for i in "${!hosts[@]}"; do
     pids+=($!)
 done
 
-status=0
-for pid in "${pids[@]}"; do
-    wait "$pid" && code=0 || code=$?
-    # A signal ends `wait` early.
-    while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done
-    [ "$code" -eq 0 ] || status=$code
-done
-exit "$status"
+. "$(dirname "$0")/wait_for_all.sh"
