@@ -184,8 +184,7 @@ def _train(config, workdir, profile, preempted, stack):
 
     def write_samples(step, state, log):
         """Every host takes part in drawing, one writes."""
-        denoiser = get_denoiser(state)
-        denoiser = sampler.in_float32_on_cpu(denoiser)
+        denoiser = sampler.in_float32_on_cpu(get_denoiser(state))
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
         latents = diffuser.reverse_diffusion(seeds, labels, keys=picture_keys)
         latents = jax.jit(scale.restore)(latents)
