@@ -119,8 +119,9 @@ COLUMNS = (  # title, group, figure, how it is written
 
 
 def get_config(rows: int) -> Any:
-    """configs/seed.py with the changes of the first `rows` rows."""
+    """configs/seed.py with the changes of the first `rows` rows; pictures are drawn afterwards."""
     config = seed.get_config()
+    config.sample_every = 0
     for row in ROWS[:rows]:
         config.update_from_flattened_dict(dict(row.changes))
     return config
@@ -130,8 +131,8 @@ def count_steps(config: Any, folder: Path, minutes: float, probe_steps: int) -> 
     """Steps that fit into the minutes, by the speed at the end of a run of `probe_steps`."""
     probe = config.copy_and_resolve_references()
     every = max(probe_steps // 4, 1)  # The first lines of the log hold compilation.
-    probe.update({"steps": probe_steps, "log_every": every, "evaluate_every": 0})
-    probe.update({name: probe_steps for name in ("eval_every", "sample_every", "save_every")})
+    probe.update({"steps": probe_steps, "log_every": every})
+    probe.update({name: probe_steps for name in ("eval_every", "save_every")})
     probe.optimizer.warmup_steps = min(probe.optimizer.warmup_steps, probe_steps - 1)
     train(probe, folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -155,7 +156,7 @@ def train_row(k: int, out: Path, minutes: float, probe_steps: int) -> Path:
         steps = json.loads(written.read_text())["steps"]
     else:
         steps = count_steps(config, folder / "probe", minutes, probe_steps)
-    config.update({name: steps for name in ("steps", "eval_every", "sample_every", "save_every")})
+    config.update({name: steps for name in ("steps", "eval_every", "save_every")})
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps - 1)
     train(config, folder / "run")
     return folder / "run"
@@ -167,7 +168,7 @@ def add_guide(k: int, out: Path, run: Path) -> None:
         return
     config, folder = get_config(k + 1), get_folder(out, k) / "guide"
     config.update_from_flattened_dict(dict(ROWS[k].guide))
-    config.update({name: config.steps for name in ("eval_every", "sample_every", "save_every")})
+    config.update({name: config.steps for name in ("eval_every", "save_every")})
     train(config, folder)
     export_model(load_model(folder), run / GUIDE)
 

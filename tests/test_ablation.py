@@ -64,7 +64,6 @@ def test_a_row_is_trained_for_its_minutes_and_measured_once(tmp_path, monkeypatc
         "network.block_depth": 1,
         "network.widths": (16, 32),
         "sampling.diffusion_steps": 3,
-        "captions": ("thing 1, flat",),
     }
     rows = (
         ablation.Row("tiny", tiny),
