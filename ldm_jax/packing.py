@@ -76,7 +76,7 @@ def pack_state(state: Any) -> Any:
     order in which the gradient's norm is added up, if the optimizer treats each number alike, or by
     the norm of all, as those of `training.get_optimizer` do. One that looks at each array by
     itself, such as LAMB, would take all vectors for one; one that holds moments of some weights
-    alone (`optax.masked`) does not fit a packed tree. Figures are in docs/performance.md.
+    alone (`optax.masked`) does not fit a packed tree. Figures are in docs/performance-log.md.
 
     Raises:
         ValueError: for moments in the structure of the weights, but in other shapes (Adafactor), or
