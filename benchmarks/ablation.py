@@ -4,14 +4,16 @@
     python -m benchmarks.ablation --minutes=3 --out=runs/ablation --rows="log-normal noise levels"
 
 Each row trains with its change and those of all rows before it, on the emoji, for the same minutes
-of training on this machine: a probe of a few steps tells how many steps those are. A row that
-changes nothing but the sampler draws with the weights of the row before it. Then it is measured as
-evaluate.py does, on the same captions from the same noise. OUT gets a folder for each row, and the
-table as table.md, anew after each. A row that is measured is not run again, so the same command
-goes on where it was. The emoji are encoded first, where that was not done.
+of training on this machine: a probe of a few steps tells how many steps those are, a tenth of which
+a warm-up takes at most. A row that changes nothing but the sampler draws with the weights of the
+row before it. Then it is measured as evaluate.py does, on the same captions from the same noise.
+OUT gets a folder for each row, and the table as table.md, anew after each. A row that is measured
+is not run again, so the same command goes on where it was. The emoji are encoded first, where that
+was not done.
 """
 
 import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,16 +130,17 @@ def get_config(rows: int) -> Any:
 
 
 def count_steps(config: Any, folder: Path, minutes: float, probe_steps: int) -> int:
-    """Steps that fit into the minutes, by the speed at the end of a run of `probe_steps`."""
+    """Steps that fit into the minutes, by the speed of a run of `probe_steps`."""
     probe = config.copy_and_resolve_references()
-    every = max(probe_steps // 4, 1)  # The first lines of the log hold compilation.
+    every = max(probe_steps // 4, 1)
     probe.update({"steps": probe_steps, "log_every": every})
     probe.update({name: probe_steps for name in ("eval_every", "save_every")})
     probe.optimizer.warmup_steps = min(probe.optimizer.warmup_steps, probe_steps - 1)
     train(probe, folder)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     speeds = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return max(int(60 * minutes * speeds[-1] / config.batch_size), probe_steps)
+    speed = statistics.median(speeds[1:])  # The first holds compilation.
+    return max(int(60 * minutes * speed / config.batch_size), probe_steps)
 
 
 def get_trained(k: int) -> int:
@@ -157,7 +160,7 @@ def train_row(k: int, out: Path, minutes: float, probe_steps: int) -> Path:
     else:
         steps = count_steps(config, folder / "probe", minutes, probe_steps)
     config.update({name: steps for name in ("steps", "eval_every", "save_every")})
-    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps - 1)
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 10)
     train(config, folder / "run")
     return folder / "run"
 
@@ -235,7 +238,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("minutes", 3.0, "of training, for each row", lower_bound=0.01)
     flags.DEFINE_string("out", None, "folder of the rows", required=True)
     flags.DEFINE_list("rows", [], "names of rows, separated by commas; default: all")
-    flags.DEFINE_integer("probe_steps", 400, "steps that tell the speed", lower_bound=1)
+    flags.DEFINE_integer("probe_steps", 400, "steps that tell the speed", lower_bound=2)
     flags.DEFINE_integer("captions_per_group", 80, "drawn of each group", lower_bound=1)
     flags.DEFINE_integer("batch_size", 64, "pictures drawn at once", lower_bound=1)
     app.run(main)

@@ -4,7 +4,7 @@
     python train.py --config=configs/folder.py --config.data.path=photos --workdir=runs/photos
 
 A place to start from, not yet run on photographs: the emoji's network and noising, and the
-optimizer of the training that did not break down (docs/quality.md), for one GPU. Steps do not
+optimizer of the training that did not break down (docs/quality-log.md), for one GPU. Steps do not
 depend on the number of pictures: 50 000 of batch 256 see each of 100 000 pictures 128 times. For
 pictures of 256 x 256: data.image_size = 256, network.latent_image_size = 32.
 """
