@@ -2,7 +2,8 @@
 
 XLA's top_k keeps the largest numbers of a row in order, in 9.5 us for 64 rows of 1 024 on an H200:
 a tenth of what a step of the sampler spends outside its convolutions. To find the seventh largest
-alone, a kernel takes the largest away six times: 0.6 of 95 ms of 70 steps (docs/performance-log.md).
+alone, a kernel takes the largest away six times: 70 steps of 95 ms take 0.6 ms less
+(docs/performance-log.md).
 """
 
 import math
