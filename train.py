@@ -35,6 +35,7 @@ from ldm_jax import (
 from ldm_jax.cache import check_local
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
+from ldm_jax.cores import divide_cpu
 from ldm_jax.encoders import load_vae
 from ldm_jax.examiner import get_examiner
 from ldm_jax.flops import count_flops, get_images_at_peak
@@ -47,6 +48,7 @@ from ldm_jax.preemption import watch_preemption
 from ldm_jax.profiling import StepWindow
 from ldm_jax.programs import KeptProgram
 from ldm_jax.runlog import RunLog
+from ldm_jax.spreading import spread
 from ldm_jax.text import check_parts, load_text_encoder
 from ldm_jax.unet import get_network
 
@@ -93,12 +95,12 @@ def _train(config, workdir, profile, preempted, stack):
     network = get_network(**settings["network"])
     process = get_process(**settings["noising"])
     optimizer = training.get_optimizer(steps=config.steps, **settings["optimizer"])
-    spread = {
+    layout = {
         "parallelism": config.sharding.parallelism,
         "reduce_dtype": config.sharding.reduce_dtype,
     }
     train_step = training.get_train_step(
-        network, optimizer, scale, process, **settings["training"], mesh=mesh, **spread
+        network, optimizer, scale, process, **settings["training"], mesh=mesh, **layout
     )
     eval_step = training.get_eval_step(network, scale, process, mesh=mesh)
     init_key, step_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
@@ -186,7 +188,7 @@ def _train(config, workdir, profile, preempted, stack):
         """Every host takes part in drawing, one writes."""
         denoiser = sampler.in_float32_on_cpu(get_denoiser(state))
         diffuser = sampler.get_diffuser(denoiser, **settings["sampling"])
-        latents = diffuser.reverse_diffusion(seeds, labels, keys=picture_keys)
+        latents = spread(diffuser)(seeds, labels, keys=picture_keys)
         latents = jax.jit(scale.restore)(latents)
         if leader:
             images = vae.decode(jax.device_get(latents))
@@ -330,6 +332,8 @@ def main(argv):
         if not f.workdir:
             raise app.UsageError("--workdir must name the folder of the run")
         print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
+        samples = f.config.batch_size // max(f.config.training.accumulate, 1)
+        divide_cpu(samples, f.config.network.widths)
         print(keep_compiled(), flush=True)
         train(f.config, f.workdir, f.profile)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

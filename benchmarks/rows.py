@@ -17,7 +17,13 @@ import jax
 from benchmarks import timing
 
 ROOT = Path(__file__).parent.parent
-SEED = {"latent_image_size": 16, "block_depth": 3, "emb_size": 512}
+SEED = {
+    "latent_image_size": 16,
+    "block_depth": 3,
+    "emb_size": 512,
+    "widths": (128, 256, 512, 640),
+}
+DEMO = SEED | {"block_depth": 1, "widths": (32, 64, 96)}  # As wide as that of configs/demo.py.
 TINY = {"latent_image_size": 8, "block_depth": 1, "emb_size": 6, "widths": (16, 32)}
 COLUMNS = {
     "work": "",
@@ -64,6 +70,7 @@ def get_parser(description: str, rows: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--rows", default=rows, help="what to measure, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="networks of toy size")
+    parser.add_argument("--demo", action="store_true", help="networks for a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
     parser.add_argument("--calls", type=int, default=0, help="of a round; default: by the work")
     parser.add_argument("--peak", type=float, default=0.0, help="FLOP/s; default: measured")
@@ -72,14 +79,25 @@ def get_parser(description: str, rows: str) -> argparse.ArgumentParser:
     return parser
 
 
+def get_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Of `get_network`, but for its dtype."""
+    return TINY if options.tiny else DEMO if options.demo else SEED
+
+
+def get_dtype() -> str:
+    """That of the activations: bfloat16, but for a CPU, which has no fast bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def run(options: argparse.Namespace, work: Work, sizes: list[int]) -> None:
     """Measures and prints all rows: first ours, then those of PyTorch."""
     rows = options.rows.split(",")
     ours = [(row, size) for size in sizes for row in rows if row.startswith("ours")]
     torch_rows = [row for row in rows if row not in dict(ours)]
     compiled = timing.compile_all({pair: partial(work.lower, *pair) for pair in ours})
-    options.peak = options.peak or timing.matrix_peak(512 if options.tiny else 8192)
-    options.calls = options.calls or (2 if options.tiny else work.calls)
+    small = options.tiny or options.demo
+    options.peak = options.peak or timing.matrix_peak(512 if small else 8192)
+    options.calls = options.calls or (2 if small else work.calls)
     if not options.append:
         device, peak = jax.devices()[0].device_kind, options.peak / 1e12
         print(f"{device}, {work.flops / 1e9:.4g} GFLOP an image, peak {peak:.4g} TFLOP/s\n")
@@ -128,7 +146,7 @@ def run_child(table: timing.Table, module: str, row: str, options: argparse.Name
     """Measures a row in a process that prints it and adds it to the file. JAX has no GPU there."""
     given = vars(options) | {"rows": row}
     arguments = [f"--{name}={value}" for name, value in given.items() if type(value) is not bool]
-    arguments += ["--append", *(["--tiny"] if options.tiny else [])]
+    arguments += ["--append", *(f"--{name}" for name in ("tiny", "demo") if given[name])]
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     if done.returncode:

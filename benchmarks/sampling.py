@@ -1,12 +1,13 @@
 """70 guided steps of configs/seed.py's network, beside its PyTorch peers => pictures a second.
 
     python -m benchmarks.sampling [--rows=ours,torch-one-compile] [--nums=64,1]
+    python -m benchmarks.sampling --demo --nums=8 --steps=10 --rows=ours,torch-one-eager
     python -m benchmarks.sampling --tiny
 
-Latents alone, from noise and text embeddings on the device; all in bfloat16. "ours-by-xla" leaves
-out the kernels of `ldm_jax.kernels`; "ours-unfolded" calls the network at each step instead of what
-`Denoiser.prepare` makes of it. The columns are those of benchmarks/train_step.py, with these
-differences:
+Latents alone, from noise and text embeddings on the device; all in bfloat16, on a CPU in float32.
+"ours-by-xla" leaves out the kernels of `ldm_jax.kernels`; "ours-unfolded" calls the network at each
+step instead of what `Denoiser.prepare` makes of it. The columns are those of
+benchmarks/train_step.py, with these differences:
 
     size         latents of a call
     ms           of a call: all steps of all latents
@@ -33,7 +34,7 @@ OURS = "ours", "ours-by-xla", "ours-unfolded"
 
 
 class Sampler:
-    """Our diffusers over a network with random weights, in bfloat16.
+    """Our diffusers over a network with random weights.
 
     Args:
         fields: of `get_network`.
@@ -41,7 +42,7 @@ class Sampler:
     """
 
     def __init__(self, fields: dict[str, Any], steps: int):
-        self.network, self.steps = get_network(**fields, dtype="bfloat16"), steps
+        self.network, self.steps = get_network(**fields, dtype=rows.get_dtype()), steps
         size, channels = self.network.latent_image_size, self.network.latent_channels
         self.shapes = (size, size, channels), (self.network.emb_size,)
 
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--nums", default="64,1", help="latents of a call, separated by commas")
     parser.add_argument("--steps", type=int, default=70, help="noise levels")
     options = parser.parse_args(arguments)
-    fields = rows.TINY if options.tiny else rows.SEED
+    fields = rows.get_fields(options)
     sampler = Sampler(fields, options.steps)
     network_calls = options.steps - 1
     work = rows.Work(

@@ -2,9 +2,11 @@
 
     python -m benchmarks.train_step [--rows=ours,torch-one-compile] [--batch_sizes=1024,256]
     python -m benchmarks.train_step --recipe=emoji --batch_sizes=2048
+    python -m benchmarks.train_step --demo --batch_sizes=64,32 --rows=ours,torch-one-eager
     python -m benchmarks.train_step --tiny
 
-Ours computes in bfloat16 with float32 weights, on one device, as train.py does. Its rows may say
+Ours computes in bfloat16 with float32 weights, on one GPU, or in float32 on a CPU, divided as
+train.py divides it (`ldm_jax.cores`); so does PyTorch. Its rows may say
 more: ours-remat, ours-accumulate4, or both. Those of PyTorch are torch-TOKENS-MODE, see
 torch_unet.py and torch_peer.py; each runs in a process of its own. With --recipe=NAME, network,
 noise, loss and optimizer are those of configs/NAME.py, which no row of PyTorch's has. All programs
@@ -21,6 +23,7 @@ of ours are compiled side by side before anything is measured. Prints a markdown
 """
 
 import importlib
+import math
 import sys
 from functools import partial
 from typing import Any
@@ -30,6 +33,7 @@ import numpy as np
 
 from benchmarks import rows, timing
 from ldm_jax import feed, sharding, training
+from ldm_jax.cores import divide_cpu
 from ldm_jax.flops import STEP, count_flops
 from ldm_jax.latents import LatentScale
 from ldm_jax.noising import get_process
@@ -44,13 +48,13 @@ class Trainer:
     """Our train state and steps on a mesh, from shapes alone until they are asked for.
 
     Args:
-        fields: of `get_network`, in bfloat16.
+        fields: of `get_network`.
         mesh: where all lives.
         recipe: a config whose noising, optimizer and training are taken; None for the defaults.
     """
 
     def __init__(self, fields: dict[str, Any], mesh: jax.sharding.Mesh, recipe: Any = None):
-        self.network, self.mesh = get_network(**fields | {"dtype": "bfloat16"}), mesh
+        self.network, self.mesh = get_network(**fields | {"dtype": rows.get_dtype()}), mesh
         size, channels = self.network.latent_image_size, self.network.latent_channels
         self.shapes = (size, size, channels), (self.network.emb_size,)
         self.optimizer, self.options = training.get_optimizer(steps=100_000), {}
@@ -149,7 +153,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch_sizes", default="1024,256", help="separated by commas")
     parser.add_argument("--recipe", default="", help="a file in configs/, without .py")
     options = parser.parse_args(arguments)
-    fields, recipe = rows.TINY if options.tiny else rows.SEED, None
+    fields, recipe = rows.get_fields(options), None
     if options.recipe:
         options.rows = "ours" if options.rows == ROWS else options.rows
         if "torch" in options.rows:
@@ -158,7 +162,10 @@ def main(arguments: list[str]) -> None:
             parser.error(f"--recipe must be one of {', '.join(known)}, got {options.recipe}")
         recipe = importlib.import_module(f"configs.{options.recipe}").get_config()
         fields = recipe.network.to_dict() | ({"widths": (16, 32)} if options.tiny else {})
-    trainer = Trainer(fields, sharding.get_mesh("data", jax.devices()[:1]), recipe)
+    sizes = [int(size) for size in options.batch_sizes.split(",")]
+    divide_cpu(math.gcd(*sizes), fields["widths"])
+    devices = jax.devices()[: None if jax.default_backend() == "cpu" else 1]
+    trainer = Trainer(fields, sharding.get_mesh("data", devices), recipe)
     work = rows.Work(
         "train_step",
         flops=STEP * count_flops(trainer.network, *trainer.shapes),
@@ -168,7 +175,7 @@ def main(arguments: list[str]) -> None:
         get_call=lambda _, size, step: trainer.get_call(step, size),
         get_torch_call=partial(get_torch_call, fields),
     )
-    rows.run(options, work, [int(size) for size in options.batch_sizes.split(",")])
+    rows.run(options, work, sizes)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def forecast_step(config: Any, target: Target, embedding_shape: tuple[int, ...])
         **settings["training"],
         mesh=mesh,
         reduce_dtype=config.sharding.reduce_dtype,
+        unroll=False,  # A CPU stands in for what is forecast.
     )
 
     def create(key):

@@ -24,15 +24,18 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
     Args:
         diffuser: whose weights are copied to the devices, once.
         devices: by default this machine's GPUs or TPU cores; on a CPU one, since its virtual
-            devices share the cores, and `reverse_diffusion` itself in a job of several processes,
-            whose weights lie on the devices of all.
+            devices share the cores. In a job of several processes, whose weights lie on the devices
+            of all, it is `reverse_diffusion` itself.
 
     Raises:
         ValueError: by `draw`, if the numbers of seeds, labels and keys differ.
     """
     if devices is None:
-        alone = jax.default_backend() == "cpu" or jax.process_count() > 1
-        devices = jax.devices()[: 1 if alone else None]
+        if jax.process_count() > 1:
+            return diffuser.reverse_diffusion
+        devices = jax.devices()[: 1 if jax.default_backend() == "cpu" else None]
+    if len(devices) == 1:
+        return jax.device_put(diffuser, devices[0]).reverse_diffusion
 
     @cache
     def place(number):
@@ -54,7 +57,7 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
         latents = np.asarray(get_loop(mesh)(placed, *parts))  # A device would ask all for a slice.
         return latents[: len(seeds)]
 
-    return diffuser.reverse_diffusion if len(devices) == 1 else draw
+    return draw
 
 
 def sample_latents(

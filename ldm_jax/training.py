@@ -191,6 +191,7 @@ def get_train_step(
     mesh: Mesh | None = None,
     parallelism: str = "jit",
     reduce_dtype: str = "float32",
+    unroll: bool | None = None,
 ) -> Callable[[TrainState, PRNGKeyArray, Mapping], tuple[TrainState, dict]]:
     """The jitted step: state, metrics = train_step(state, rng, batch).
 
@@ -213,6 +214,7 @@ def get_train_step(
         mesh: over which state and batch are spread, see sharding.py; None for one device.
         parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
         reduce_dtype: in which the devices add up gradients.
+        unroll: parts of a batch written out, not as a loop; None: on a CPU, see accumulation.py.
 
     Raises:
         ValueError: for a label_dropout or an ema_decay outside [0, 1), a translation outside
@@ -231,7 +233,9 @@ def get_train_step(
         loss_options["axis_name"] = sharding.batch_axes(parallelism)
         network = network.clone(axis_name=loss_options["axis_name"])
     loss_fn = get_loss(network, scale, process, **loss_options)
-    get_gradients = _keep_order(get_value_and_grad(loss_fn, accumulate))
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    written_out = device.platform == "cpu" if unroll is None else unroll
+    get_gradients = _keep_order(get_value_and_grad(loss_fn, accumulate, written_out))
     if mesh is not None:
         dtypes = {"reduce_dtype": reduce_dtype, "gather_dtype": getattr(network, "dtype", None)}
         get_gradients = sharding.get_gradients(get_gradients, mesh, parallelism, **dtypes)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from ldm_jax import sharding
 from ldm_jax.accumulation import get_value_and_grad
@@ -134,14 +135,38 @@ def test_gradients_of_reduced_precision_are_added_up_in_float32():
     np.testing.assert_allclose(float(gradient["w"][0]), 512 / 257, rtol=2**-8)
 
 
-def test_loss_statistics_and_gradient_are_those_of_numpy():
+@pytest.mark.parametrize("unroll", [False, True])
+def test_loss_statistics_and_gradient_are_those_of_numpy(unroll):
     x = np.float32(RNG.standard_normal((12, 3)))
     w = np.float32([1, -2, 3])
-    run = jax.jit(get_value_and_grad(mean_square, 4))
+    run = jax.jit(get_value_and_grad(mean_square, 4, unroll))
     (loss, statistics), gradient = run({"w": w}, {"mean": 0.0}, jax.random.key(0), {"x": x})
     np.testing.assert_allclose(loss, np.mean((x @ w) ** 2), rtol=1e-6)
     np.testing.assert_allclose(statistics["mean"], x.mean(), rtol=1e-5)
     np.testing.assert_allclose(gradient["w"], 2 * x.T @ (x @ w) / 12, rtol=1e-5)
+
+
+def test_a_step_on_a_cpu_writes_its_parts_out():
+    # XLA runs gradients of convolutions 60 times slower in a CPU's loops.
+    network = get_network(4, 1, 6, widths=(16, 32))
+    optimizer = optax.sgd(0.5)
+    state = create_train_state(jax.random.key(0), network, optimizer, (4, 4, 4), (6,))
+    written_out = []
+    for unroll in (None, False):
+        step = get_train_step(network, optimizer, LatentScale(2.0), accumulate=4, unroll=unroll)
+        program = jax.make_jaxpr(step)(state, jax.random.key(1), BATCH)
+        (loop,) = [e for e in find_scans(program.jaxpr) if "conv_general_dilated" in str(e)]
+        written_out.append(loop.params["unroll"])
+    assert written_out == [4, 1]
+
+
+def find_scans(jaxpr):
+    """All loops of a program, with those inside of others."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from find_scans(inner)
 
 
 def test_places_of_a_part_are_those_in_the_whole_batch():

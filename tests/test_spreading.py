@@ -64,8 +64,13 @@ def test_a_guide_half_precision_and_weights_on_a_mesh(denoiser):
 
 
 def test_on_a_cpu_one_device_draws(denoiser):
+    # With weights on all of them, each would draw every picture.
     diffuser = get_diffuser(denoiser, diffusion_steps=3)
-    assert spread(diffuser) == diffuser.reverse_diffusion
+    placed = jax.device_put(diffuser, replicated(get_mesh("data")))
+    seeds, labels, _ = draw_inputs(2)
+    latents = spread(placed)(seeds, labels)
+    assert latents.devices() == {jax.devices()[0]}
+    np.testing.assert_array_equal(latents, diffuser.reverse_diffusion(seeds, labels))
 
 
 def test_other_numbers_of_labels_than_seeds_are_refused(denoiser):
