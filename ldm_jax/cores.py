@@ -12,7 +12,7 @@ import jax
 
 NARROW = 128  # Channels, below which it pays. Each device has the weights: wide ones fill memory.
 MOST = 16  # Samples of a device, where there may be more devices than cores.
-LEAST = 4
+LEAST = 8
 DEVICES_OF_A_CORE = 4  # At most.
 
 

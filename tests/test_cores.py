@@ -17,8 +17,9 @@ from ldm_jax import cores
         (32, 2, 2),
         (256, 2, 8),  # no more than four of a core
         (16, 2, 2),
-        (4, 2, 1),  # no fewer than four samples each
-        (64, 16, 16),
+        (8, 2, 1),  # no fewer than eight samples each
+        (64, 16, 8),
+        (256, 16, 16),
         (64, 1, 4),
         (62, 2, 2),  # a divisor
         (61, 2, 1),
