@@ -332,8 +332,9 @@ def main(argv):
         if not f.workdir:
             raise app.UsageError("--workdir must name the folder of the run")
         print(hosts.join_hosts(f.coordinator, f.num_processes, f.process_id, f.cluster), flush=True)
-        samples = f.config.batch_size // max(f.config.training.accumulate, 1)
-        divide_cpu(samples, f.config.network.widths)
+        if f.config.sharding.mesh == "data" and f.config.sharding.parallelism == "jit":
+            samples = f.config.batch_size // max(f.config.training.accumulate, 1)
+            divide_cpu(samples, f.config.network.widths)
         print(keep_compiled(), flush=True)
         train(f.config, f.workdir, f.profile)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:

@@ -5,11 +5,11 @@
 
 Each row trains with its change and those of all rows before it, on the emoji, for the same minutes
 of training on this machine: a probe of a few steps tells how many steps those are, a tenth of which
-a warm-up takes at most. A row that changes nothing but the sampler draws with the weights of the
-row before it. Then it is measured as evaluate.py does, on the same captions from the same noise.
-OUT gets a folder for each row, and the table as table.md, anew after each. A row that is measured
-is not run again, so the same command goes on where it was. The emoji are encoded first, where that
-was not done.
+a warm-up takes at most, but for a guide's. A row that changes nothing but the sampler draws with
+the weights of the row before it. Then it is measured as evaluate.py does, on the same captions from
+the same noise. OUT gets a folder for each row, and the table as table.md, anew after each. A row
+that is measured is not run again, so the same command goes on where it was. The emoji are encoded
+first, where that was not done.
 """
 
 import json

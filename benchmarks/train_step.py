@@ -2,11 +2,12 @@
 
     python -m benchmarks.train_step [--rows=ours,torch-one-compile] [--batch_sizes=1024,256]
     python -m benchmarks.train_step --recipe=emoji --batch_sizes=2048
-    python -m benchmarks.train_step --demo --batch_sizes=64,32 --rows=ours,torch-one-eager
+    python -m benchmarks.train_step --demo --batch_sizes=32 --rows=ours,torch-one-eager
     python -m benchmarks.train_step --tiny
 
 Ours computes in bfloat16 with float32 weights, on one GPU, or in float32 on a CPU, divided as
-train.py divides it (`ldm_jax.cores`); so does PyTorch. Its rows may say
+train.py divides it for --demo and --tiny (`ldm_jax.cores`, for the sizes' greatest common divisor);
+so does PyTorch. Its rows may say
 more: ours-remat, ours-accumulate4, or both. Those of PyTorch are torch-TOKENS-MODE, see
 torch_unet.py and torch_peer.py; each runs in a process of its own. With --recipe=NAME, network,
 noise, loss and optimizer are those of configs/NAME.py, which no row of PyTorch's has. All programs
@@ -163,7 +164,9 @@ def main(arguments: list[str]) -> None:
         recipe = importlib.import_module(f"configs.{options.recipe}").get_config()
         fields = recipe.network.to_dict() | ({"widths": (16, 32)} if options.tiny else {})
     sizes = [int(size) for size in options.batch_sizes.split(",")]
-    divide_cpu(math.gcd(*sizes), fields["widths"])
+    ours = [row for row in options.rows.split(",") if row.startswith("ours")]
+    parts = math.lcm(*(parse_ours(row).get("accumulate", 1) for row in ours))
+    divide_cpu(math.gcd(*sizes) // parts, fields["widths"])
     devices = jax.devices()[: None if jax.default_backend() == "cpu" else 1]
     trainer = Trainer(fields, sharding.get_mesh("data", devices), recipe)
     work = rows.Work(

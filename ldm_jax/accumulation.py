@@ -20,7 +20,8 @@ def get_value_and_grad(loss_fn: Callable, parts: int = 1, unroll: bool = False) 
         loss_fn: (params, batch_stats, rng, batch) -> (loss, batch_stats), means over the batch.
         parts: how many, each of as many samples.
         unroll: write the parts out one after the other, not as a loop. XLA takes 60 times as long
-            for the gradient of a convolution's kernel in a loop on a CPU as outside of one.
+            for the gradient of a convolution's kernel in a loop on a CPU as outside of one; but it
+            may hold the activations of all parts then.
 
     Returns:
         (params, batch_stats, rng, batch) -> ((loss, batch_stats), gradients).

@@ -5,14 +5,17 @@ gradient of its kernel takes twice as long for each sample where there are more 
 As several devices a CPU works on as many convolutions at once (docs/performance.md).
 """
 
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
 NARROW = 128  # Channels, below which it pays. Each device has the weights: wide ones fill memory.
 MOST = 16  # Samples of a device, where there may be more devices than cores.
 LEAST = 8
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # Of a container: microseconds of all cores in a period.
 DEVICES_OF_A_CORE = 4  # At most.
 
 
@@ -47,6 +50,10 @@ def choose_number(samples: int, cores: int) -> int:
 
 def count_cores() -> int:
     """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Of Linux.
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    on_linux = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
+    if QUOTA.is_file():
+        most, period = QUOTA.read_text().split()
+        if most != "max":
+            cores = min(cores, math.ceil(int(most) / int(period)))
+    return cores

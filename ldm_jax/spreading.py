@@ -25,7 +25,8 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
         diffuser: whose weights are copied to the devices, once.
         devices: by default this machine's GPUs or TPU cores; on a CPU one, since its virtual
             devices share the cores. In a job of several processes, whose weights lie on the devices
-            of all, it is `reverse_diffusion` itself.
+            of all, it is `reverse_diffusion` itself, as it is of one device where the weights lie
+            on one.
 
     Raises:
         ValueError: by `draw`, if the numbers of seeds, labels and keys differ.
@@ -35,7 +36,7 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
             return diffuser.reverse_diffusion
         devices = jax.devices()[: 1 if jax.default_backend() == "cpu" else None]
     if len(devices) == 1:
-        return jax.device_put(diffuser, devices[0]).reverse_diffusion
+        return _gather(diffuser, devices[0]).reverse_diffusion
 
     @cache
     def place(number):
@@ -49,7 +50,7 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
             raise ValueError(f"got {numbers} seeds, labels and whatever else was given")
         number = min(len(devices), len(seeds))
         if number == 1:
-            return diffuser.reverse_diffusion(*arrays)
+            return _gather(diffuser, devices[0]).reverse_diffusion(*arrays)
         mesh, placed = place(number)
         filled = np.arange(-(-len(seeds) // number) * number)
         rows, part = np.minimum(filled, len(seeds) - 1), sharding.batch_sharding(mesh)
@@ -58,6 +59,13 @@ def spread(diffuser: Diffuser, devices: Sequence[Any] | None = None) -> Callable
         return latents[: len(seeds)]
 
     return draw
+
+
+def _gather(diffuser, device):
+    """The diffuser on one device: with weights on several, each would draw all pictures."""
+    leaves = [x for x in jax.tree.leaves(diffuser) if isinstance(x, jax.Array)]
+    several = any(len(x.devices()) > 1 for x in leaves)
+    return jax.device_put(diffuser, device) if several else diffuser
 
 
 def sample_latents(

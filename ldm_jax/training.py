@@ -214,7 +214,8 @@ def get_train_step(
         mesh: over which state and batch are spread, see sharding.py; None for one device.
         parallelism: "jit", or "pmap" (data parallel alone), which gives the same numbers.
         reduce_dtype: in which the devices add up gradients.
-        unroll: parts of a batch written out, not as a loop; None: on a CPU, see accumulation.py.
+        unroll: parts of a batch written out, not as a loop, see accumulation.py; None: if the mesh,
+            or without one JAX's first device, is a CPU.
 
     Raises:
         ValueError: for a label_dropout or an ema_decay outside [0, 1), a translation outside

@@ -56,5 +56,10 @@ def test_jax_has_as_many_devices(monkeypatch):
     assert done.stdout.split() == ["4", "4"]
 
 
-def test_cores_are_counted():
-    assert cores.count_cores() >= 1
+@pytest.mark.parametrize("quota, expected", [("max", 64), ("150000", 2), ("9900000", 64)])
+def test_a_containers_quota_counts(monkeypatch, tmp_path, quota, expected):
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert cores.count_cores() == 64
+    cores.QUOTA.write_text(f"{quota} 100000\n")
+    assert cores.count_cores() == expected
