@@ -7,11 +7,11 @@
 
 Ours computes in bfloat16 with float32 weights, on one GPU, or in float32 on a CPU, divided as
 train.py divides it for --demo and --tiny (`ldm_jax.cores`, for the sizes' greatest common divisor);
-so does PyTorch. Its rows may say
-more: ours-remat, ours-accumulate4, or both. Those of PyTorch are torch-TOKENS-MODE, see
-torch_unet.py and torch_peer.py; each runs in a process of its own. With --recipe=NAME, network,
-noise, loss and optimizer are those of configs/NAME.py, which no row of PyTorch's has. All programs
-of ours are compiled side by side before anything is measured. Prints a markdown table:
+PyTorch computes in the same. A row of ours may say more: ours-remat, ours-accumulate4, or both.
+Those of PyTorch are torch-TOKENS-MODE, see torch_unet.py and torch_peer.py; each runs in a process
+of its own. With --recipe=NAME, network, noise, loss and optimizer are those of configs/NAME.py,
+which no row of PyTorch's has. All programs of ours are compiled side by side before anything is
+measured. Prints a markdown table:
 
     size         images of a step
     ms           of a step, the median of --repeats rounds; lowest, highest of them

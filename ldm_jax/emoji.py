@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm_jax.cores import count_cores
 from ldm_jax.emoji_names import FAMILY, count_genders, get_concept, get_skin_tones
 from ldm_jax.emoji_sources import (
     NAMES,
@@ -229,10 +230,7 @@ def _draw_pictures(
 
 def _run(jobs: list[tuple[str | Path, Path]]) -> Iterator[str]:
     """Runs draw_picture over all jobs in order, on all cores where that pays."""
-    cores = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        16,
-    )
+    cores = min(count_cores(), 16)
     if cores == 1 or len(jobs) < MANY:
         yield from map(draw_picture, jobs)
         return
