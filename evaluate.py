@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from configs import emoji
 from encode import get_pictures
 from ldm_jax import models, quality, report
-from ldm_jax.alignment import load_clip_score
+from ldm_jax.alignment import choose_best, load_alignment_score, load_clip_score
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
@@ -43,6 +43,8 @@ class Examinee(NamedTuple):
         text_encoder: from `load_text_encoder`.
         exam: captions and real pictures.
         labels: of each group, its captions' text embeddings.
+        seeds: of each group, of as many candidates for each caption, (n best_of), candidates last.
+        judge: images, captions => how well they go together, by which one of them is kept.
         told: what a report says of the exam, see `quality.json`.
     """
 
@@ -52,6 +54,8 @@ class Examinee(NamedTuple):
     text_encoder: Callable
     exam: quality.Exam
     labels: Mapping[str, np.ndarray]
+    seeds: Mapping[str, np.ndarray]
+    judge: Callable | None
     told: dict
 
 
@@ -69,6 +73,7 @@ def evaluate(
     text_encoder: str | None = None,
     features: str = "efflite0",
     clip: str = "",
+    best_of: int = 1,
     ends: bool = False,
     batch_size: int = 16,
     progress: bool = True,
@@ -80,7 +85,8 @@ def evaluate(
     made of the run's snapshots. `sampling` holds settings of `sampler.get_diffuser` that replace
     the checkpoint's. `vae` names an autoencoder whose decoder is taken in the place of the
     training's; its encoder must be the same. `text_encoder` is where the training's lies now, if it
-    was moved.
+    was moved. With `best_of` as many are drawn for each caption, and the one is measured that fits
+    it best, by the CLIP in the folder `clip` or, without one, by the bundled alignment head.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
@@ -104,6 +110,7 @@ def evaluate(
         text_encoder=text_encoder,
         features=features,
         clip=clip,
+        best_of=best_of,
         progress=progress,
     )
 
@@ -145,6 +152,7 @@ def load_examinee(
     text_encoder: str | None = None,
     features: str = "efflite0",
     clip: str = "",
+    best_of: int = 1,
     progress: bool = True,
 ) -> Examinee:
     """Loads once what any number of sampler settings are measured with.
@@ -158,12 +166,17 @@ def load_examinee(
         text_encoder: where the training's lies now; None: where it was.
         features: of `load_extractor`.
         clip: folder of a CLIP, or empty.
+        best_of: pictures drawn for each caption, of which one is kept, see `evaluate`.
 
     Raises:
-        ValueError: for encoders that are not those of the training, or too few pictures.
+        ValueError: for encoders that are not those of the training, too few pictures, or a
+            `best_of` below 1.
         OSError: if a picture or the weights of the features are missing.
     """
+    if best_of < 1:
+        raise ValueError(f"best_of must be at least 1, got {best_of}")
     clip_score = load_clip_score(clip) if clip else None
+    judge = (clip_score or load_alignment_score()) if best_of > 1 else None
     extractor = load_extractor(features)
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
     listed = read_folder(folder)
@@ -185,31 +198,43 @@ def load_examinee(
         "decoder_sha256": autoencoder.decoder_sha256,
     }
     model = model.convert(in_float32_on_cpu)
-    labels = {split: encode(exam.captions(split)) for split in exam.chosen}
-    return Examinee(model, shape, autoencoder, encode, exam, labels, told)
+    if judge:
+        told |= {"best_of": best_of, "chosen_by": clip or "the alignment head"}
+    labels, seeds = {}, {}
+    for split in exam.chosen:
+        captions = exam.captions(split)
+        labels[split] = encode(captions)
+        candidates = [quality.get_seeds(captions, seed, k) for k in range(best_of)]
+        seeds[split] = np.stack(candidates, axis=1)
+    return Examinee(model, shape, autoencoder, encode, exam, labels, seeds, judge, told)
 
 
 def draw_group(
     examinee: Examinee, split: str, settings: Mapping, batch_size: int = 16, progress: bool = True
 ) -> UInt8[np.ndarray, "n H W 3"]:
-    """A picture for each caption of a group, always from the same noise.
+    """A picture for each caption of a group, the best of its candidates, from the same noise.
 
     Args:
         examinee: the model and the captions.
         split: the group.
         settings: of `sampler.get_diffuser`.
     """
-    diffuser = examinee.model.get_diffuser(**settings)
+    diffuser, seeds = examinee.model.get_diffuser(**settings), examinee.seeds[split]
+    best_of = seeds.shape[1]
     latents = sample_latents(
         diffuser,
-        examinee.labels[split],
-        examinee.exam.seeds[split],
+        np.repeat(examinee.labels[split], best_of, axis=0),
+        seeds.reshape(-1),
         examinee.latent_shape,
         batch_size,
         progress=progress,
     )
     latents = np.asarray(examinee.model.scale.restore(jnp.asarray(latents)))
-    return examinee.vae.decode(latents, as_bytes=True)
+    images = examinee.vae.decode(latents, as_bytes=True)
+    if examinee.judge:
+        captions = np.repeat(examinee.exam.captions(split), best_of).tolist()
+        images = images[choose_best(examinee.judge(images, captions), best_of)]
+    return images
 
 
 def find_pictures(checkpoint_folder: str | Path | None, progress: bool = True) -> Path:
@@ -258,6 +283,7 @@ def main(argv):
             text_encoder=f.text_encoder,
             features=f.features,
             clip=f.clip,
+            best_of=f.best_of,
             ends=f.ends,
             batch_size=f.batch_size,
         )
@@ -286,6 +312,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("text_encoder", None, "where the training's lies now, as clip:FOLDER")
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
+    flags.DEFINE_integer("best_of", 1, "drawn for each caption, of which the best is kept")
     flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_string("out", "quality", "folder for quality.json and sheet.png")

@@ -1,5 +1,6 @@
 """Image features, text embeddings => one space of 256 numbers, where a cosine says how well a
-picture goes with a caption; and the same by a whole CLIP from a local folder.
+picture goes with a caption; the same by a whole CLIP from a local folder; and of several pictures
+the one that goes best.
 """
 
 import os
@@ -10,7 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
+
+from ldm_jax.features import load_extractor
+from ldm_jax.text import load_text_encoder
 
 WIDTH = 256
 HEAD_FILE = "head.safetensors"
@@ -93,6 +97,33 @@ def save_head(folder: str | os.PathLike, head: Head) -> Path:
     about = {"features": head.features, "text_encoder": head.text_encoder}
     save_file(tensors, path, metadata=about)
     return path
+
+
+def load_alignment_score(folder: str | os.PathLike = BUNDLED) -> Callable:
+    """The cosine of picture and caption in the space of a head, in [-1, 1].
+
+    Returns:
+        A function of images, uint8 (n H W 3), and as many captions, to n scores.
+
+    Raises:
+        FileNotFoundError: if the folder holds no head.
+        ImportError: if a package of its feature network is missing.
+    """
+    head = load_head(folder)
+    if head is None:
+        raise FileNotFoundError(f"no alignment head ({HEAD_FILE}) in {folder}")
+    extractor, encode = load_extractor(head.features), load_text_encoder(head.text_encoder)
+
+    def score(images: UInt8[np.ndarray, "n H W 3"], captions: Sequence[str]) -> np.ndarray:
+        embeddings = head.embed_captions(encode(list(captions)))
+        return np.sum(head.embed_images(extractor(images)) * embeddings, axis=1)
+
+    return score
+
+
+def choose_best(scores: Float[np.ndarray, " n"], best_of: int) -> Int[np.ndarray, " n/best_of"]:
+    """Of every `best_of` scores in a row the place of the highest among all n."""
+    return scores.reshape(-1, best_of).argmax(1) + np.arange(0, len(scores), best_of)
 
 
 def load_clip_score(folder: str | os.PathLike, device: Any = None) -> Callable:

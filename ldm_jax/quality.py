@@ -38,7 +38,6 @@ class Exam(NamedTuple):
     Attributes:
         pictures: every real picture.
         chosen: of each group, the rows of the pictures whose first captions are drawn.
-        seeds: of each group, the seed of each drawn picture, a function of its caption.
         reference: features and thumbnails of `pictures`.
         real: of each group, the real pictures, uint8 (n H W 3).
         extractor: of the features.
@@ -48,7 +47,6 @@ class Exam(NamedTuple):
 
     pictures: Sequence[Picture]
     chosen: Mapping[str, Int[np.ndarray, " n"]]
-    seeds: Mapping[str, Int[np.ndarray, " n"]]
     reference: Reference
     real: Mapping[str, UInt8[np.ndarray, "n H W 3"]]
     extractor: Extractor
@@ -92,9 +90,13 @@ def get_captions(pictures: Sequence[Picture], rows: Int[np.ndarray, " n"]) -> li
     return [pictures[i].captions[0] for i in rows]
 
 
-def get_seeds(captions: Sequence[str], seed: int) -> Int[np.ndarray, " n"]:
-    """A seed for each caption, by its hash: any two models start from the same noise."""
-    return np.array([int.from_bytes(_hash(f"{seed}/{text}")[:4], "big") for text in captions])
+def get_seeds(captions: Sequence[str], seed: int, candidate: int = 0) -> Int[np.ndarray, " n"]:
+    """A seed for each caption, by its hash: any two models start from the same noise.
+
+    Where several pictures are drawn for a caption, `candidate` counts them.
+    """
+    drawn = f"{seed}/{candidate}" if candidate else str(seed)
+    return np.array([int.from_bytes(_hash(f"{drawn}/{text}")[:4], "big") for text in captions])
 
 
 def list_pictures(cache: LatentCache) -> list[Picture]:
@@ -126,7 +128,7 @@ def create_exam(
         extractor: from `load_extractor`.
         image_size: side of the pictures that are drawn.
         captions_per_group: how many of each group at most.
-        seed: of the choice, and of the pictures' seeds.
+        seed: of the choice.
         clip_score: from `load_clip_score`.
         progress: whether to show a progress bar.
 
@@ -140,7 +142,6 @@ def create_exam(
     pictures = [pictures[int(i)] for i in whole]
     reference = Reference(*(array[whole] for array in reference))
     chosen = choose_captions(pictures, captions_per_group, seed)
-    seeds = {split: get_seeds(get_captions(pictures, rows), seed) for split, rows in chosen.items()}
     real = {
         split: np.stack([load_picture(pictures[i].path, image_size) for i in rows])
         for split, rows in chosen.items()
@@ -149,7 +150,7 @@ def create_exam(
     if head and head.features == extractor.identity["name"]:
         embeddings = load_text_encoder(head.text_encoder)([p.captions[0] for p in pictures])
         candidates = head, head.embed_captions(embeddings)
-    return Exam(pictures, chosen, seeds, reference, real, extractor, candidates, clip_score)
+    return Exam(pictures, chosen, reference, real, extractor, candidates, clip_score)
 
 
 def measure(

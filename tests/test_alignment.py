@@ -11,6 +11,7 @@ from ldm_jax.alignment import (
     HEAD_FILE,
     Head,
     contrastive_loss,
+    load_alignment_score,
     load_clip_score,
     load_head,
     save_head,
@@ -88,6 +89,8 @@ def test_the_script_trains_a_head_that_finds_captions_it_never_saw(monkeypatch):
 
 def test_no_head_is_none(tmp_path):
     assert load_head(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="no alignment head .head.safetensors. in"):
+        load_alignment_score(tmp_path)
 
 
 def test_the_clip_score_is_the_models_cosine(tmp_path):

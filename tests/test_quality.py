@@ -66,7 +66,7 @@ def create_exam():
     reference = Reference(extractor(images), get_thumbnails(images))
     chosen = quality.choose_captions(pictures, 10, seed=0)
     real = {split: images[rows] for split, rows in chosen.items()}
-    exam = quality.Exam(pictures, chosen, {}, reference, real, extractor, None, None)
+    exam = quality.Exam(pictures, chosen, reference, real, extractor, None, None)
     return exam, images
 
 
@@ -90,6 +90,9 @@ def test_seeds_belong_to_captions():
     one = quality.get_seeds(["a", "b", "a"], seed=0)
     assert one[0] == one[2] != one[1] and 0 <= one.min() and one.max() < 2**32
     assert quality.get_seeds(["a"], seed=1)[0] != one[0]
+    candidates = [quality.get_seeds(["a", "b"], seed=0, candidate=k) for k in range(3)]
+    np.testing.assert_array_equal(candidates[0], one[:2])
+    assert len(np.unique(candidates)) == 6
 
 
 def test_real_pictures_find_themselves_and_training_pictures_are_their_own_near_copies():
@@ -264,6 +267,10 @@ def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch, text_encoder)
     assert grey["groups"]["test"]["drawn"]["kid"] != written
     with pytest.raises(ValueError, match="features must be one of"):
         evaluate.evaluate(tmp_path / "out", features="resnet", **options)
+    best = evaluate.evaluate(tmp_path / "out", best_of=3, **options)
+    assert best["test"]["drawn"]["alignment"] > figures["test"]["drawn"]["alignment"]
+    told = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert told["best_of"] == 3 and told["chosen_by"] == "the alignment head"
 
 
 @pytest.mark.parametrize("text_encoder", ["use", "use-parts"])

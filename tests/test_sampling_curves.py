@@ -34,13 +34,12 @@ class Fields:
 def create_examinee():
     exam, _ = create_exam()
     captions = {split: exam.captions(split) for split in exam.chosen}
-    seeds = {split: quality.get_seeds(texts, 0) for split, texts in captions.items()}
+    seeds = {split: quality.get_seeds(texts, 0)[:, None] for split, texts in captions.items()}
     labels = {split: np.ones((len(texts), 2), np.float32) for split, texts in captions.items()}
     denoiser = jax.tree_util.Partial(lambda x_t, levels, labels: x_t * (0.5 + labels[0, 0] / 4))
     scale = LatentScale(np.ones(3, np.float32), np.zeros(3, np.float32))
-    exam = exam._replace(seeds=seeds)
     model = models.Model(denoiser, scale, {"sampling": {}})
-    return evaluate.Examinee(model, (4, 4, 3), Fields(), None, exam, labels, {})
+    return evaluate.Examinee(model, (4, 4, 3), Fields(), None, exam, labels, seeds, None, {})
 
 
 @pytest.mark.parametrize("name", [*solvers.METHODS, "ddim:angle", "heun:cube_root"])
