@@ -238,11 +238,15 @@ def sampling_curves(
     guidance: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
     guidance_evaluations: int = 24,
     guidance_interval: Sequence[float] = (0.1, 0.8),
+    vae: str | None = None,
+    text_encoder: str | None = None,
     features: str = "efflite0",
     batch_size: int = 16,
     progress: bool = True,
 ) -> str:
     """Measures the points that `out` lacks, and writes tables and plots of all that is asked for.
+
+    The model, the encoders and what is drawn are named as for `evaluate.evaluate`.
 
     Returns:
         The tables as Markdown.
@@ -264,6 +268,8 @@ def sampling_curves(
         pictures,
         captions_per_group,
         seed,
+        vae=vae,
+        text_encoder=text_encoder,
         features=features,
         progress=progress,
     )
@@ -313,6 +319,8 @@ def main(argv):
             guidance=[float(w) for w in f.guidance],
             guidance_evaluations=f.guidance_evaluations,
             guidance_interval=[float(level) for level in f.guidance_interval],
+            vae=f.vae,
+            text_encoder=f.text_encoder,
             features=f.features,
             batch_size=f.batch_size,
         )
@@ -335,6 +343,8 @@ if __name__ == "__main__":
     flags.DEFINE_list("guidance", ["1", "1.5", "2", "3", "4", "6"], "weights; none: empty")
     flags.DEFINE_integer("guidance_evaluations", 24, "for each weight", lower_bound=1)
     flags.DEFINE_list("guidance_interval", ["0.1", "0.8"], "drawn beside all levels; none: empty")
+    flags.DEFINE_string("vae", None, "an autoencoder to decode by; default: the training's")
+    flags.DEFINE_string("text_encoder", None, "where the training's lies now, as clip:FOLDER")
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_string("out", "curves", "folder for curves.json, curves.md and two plots")

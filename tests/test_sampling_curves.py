@@ -168,6 +168,8 @@ def test_the_curves_of_a_checkpoint(tmp_path, monkeypatch):
         script.sampling_curves(tmp_path / "out", seed=1, **options)
     with pytest.raises(ValueError, match="groups must be among .*'cell'.*, got .'valid'"):
         script.sampling_curves(tmp_path / "out", groups=["valid"], **options)
+    with pytest.raises(ValueError, match="was trained with use of digest"):
+        script.sampling_curves(tmp_path / "out", text_encoder="use-parts", **options)
 
 
 @pytest.mark.slow
