@@ -25,6 +25,7 @@ from ldm_jax import (
     feed,
     forecast,
     hosts,
+    models,
     power_ema,
     records,
     sampler,
@@ -36,11 +37,12 @@ from ldm_jax.cache import check_local
 from ldm_jax.chips import parse_target
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.cores import divide_cpu
+from ldm_jax.digest import get_digests
 from ldm_jax.encoders import load_vae
 from ldm_jax.examiner import get_examiner
 from ldm_jax.flops import count_flops, get_images_at_peak
 from ldm_jax.latents import get_latent_scale
-from ldm_jax.meta import create_meta
+from ldm_jax.meta import check_start, create_meta
 from ldm_jax.noising import get_process
 from ldm_jax.packing import pack_state, unpack
 from ldm_jax.plotting import save_grid
@@ -87,8 +89,17 @@ def _train(config, workdir, profile, preempted, stack):
     cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
     _check_shapes(config.network, cache)
     check_parts(text_encoder.name, settings["sampling"])
-    hosts.check_agreement(config=settings, code=CODE, data=dict(cache.manifest))
-    scale = get_latent_scale(cache.manifest, **settings["latents"])
+    start_model = models.load_model(config.start_from) if config.start_from else None
+    hosts.check_agreement(
+        config=settings,
+        code=CODE,
+        data=dict(cache.manifest),
+        weights=start_model and get_digests(start_model.denoiser.variables),
+    )
+    if start_model:  # The weights belong to its scale.
+        scale = start_model.scale
+    else:
+        scale = get_latent_scale(cache.manifest, **settings["latents"])
     mesh = sharding.get_mesh(config.sharding.mesh)
 
     # Network, optimizer, steps.
@@ -114,14 +125,17 @@ def _train(config, workdir, profile, preempted, stack):
         latent_shape=cache.latent_shape,
         embedding_shape=cache.embedding_shape,
     )
+    if start_model:
+        check_start(start_model.meta, meta, config.start_from)
 
-    # State: the newest checkpoint's, or a fresh one; packed everywhere but on the disk.
+    # State: the newest checkpoint's, or a fresh one, of random weights or those of a model; packed
+    # everywhere but on the disk.
     manager = checkpoint.open_checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     stack.enter_context(manager)
 
-    def create_state(key):
+    def create_state(key, variables=None):
         shapes = cache.latent_shape, cache.embedding_shape
-        state = training.create_train_state(key, network, optimizer, *shapes)
+        state = training.create_train_state(key, network, optimizer, *shapes, variables)
         return pack_state(power_ema.add_averages(state, config.power_ema.sigma_rels))
 
     # Programs that were compiled before, by the same code for the same settings, are taken again.
@@ -135,8 +149,10 @@ def _train(config, workdir, profile, preempted, stack):
         placed = sharding.place_shapes(mesh, jax.eval_shape(create_state, init_key))
         state = checkpoint.restore_checkpoint(manager, placed, meta)
     if state is None:
-        state = keep(sharding.compile_creation(create_state, mesh))(init_key)
+        given = [jax.device_get(start_model.denoiser.variables)] if start_model else []
+        state = keep(sharding.compile_creation(create_state, mesh))(init_key, *given)
     start = int(state.step)
+    of_model = f" from {config.start_from}" if start_model else ""
     if leader:
         records.write_json(workdir / "config.json", settings)
         if mesh.shape["fsdp"] > 1:
@@ -146,7 +162,7 @@ def _train(config, workdir, profile, preempted, stack):
             f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
             f"{cache.num_examples('train')} training examples, "
             f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
-            + (f"going on from step {start}" if start else "starting"),
+            + (f"going on from step {start}" if start else f"starting{of_model}"),
             flush=True,
         )
 

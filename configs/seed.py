@@ -16,6 +16,9 @@ def get_config():
     config.seed = 0
     config.steps = 50_800
     config.batch_size = 256
+    # Weights to start from, with the scale of the latents that belongs to them: a run's workdir
+    # (the averages of its last checkpoint), an exported model, or "bundled"; empty: random ones.
+    config.start_from = ""
 
     # What is encoded, once, by encode.py. `cache` is where; empty: a name in the user's cache.
     config.data = ConfigDict()

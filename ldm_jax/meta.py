@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -71,20 +71,7 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
         ValueError: names each field that differs, with both values; or for a newer format.
     """
     check_version(saved, where)
-    differences = []
-    for part in ("network", "noising", *ENCODERS, "std_latent", "mean_latent"):
-        old, new = saved[part], wanted[part]
-        if part in ENCODERS and same_encoder(old, new):
-            continue  # By another name, as of a folder that was moved.
-        if part == "network":
-            old, new = _get_network_fields(old), _get_network_fields(new)
-        if part == "noising":
-            old, new = _get_output_fields(old), _get_output_fields(new)
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-            differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
-        elif old != new:
-            differences.append(f"{part} is {old} there, {new} here")
+    differences = _find_differences(saved, wanted)
     if differences:
         raise ValueError(
             f"the checkpoint in {where} belongs to another model: {'; '.join(differences)}. "
@@ -92,11 +79,44 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
         )
 
 
-def _get_network_fields(given: dict) -> dict:
-    """What `get_network` takes the given fields for, as a JSON object, without COMPUTE_FIELDS."""
+def check_start(saved: dict, wanted: dict, where: str) -> None:
+    """As `check_meta`, of a model whose weights a training is to start from: dropout may differ.
+
+    Raises:
+        ValueError: names each field that differs, with both values; or for a newer format.
+    """
+    check_version(saved, where)
+    differences = _find_differences(saved, wanted, (*COMPUTE_FIELDS, "dropout"))
+    if differences:
+        raise ValueError(
+            f"a training cannot start from {where}, a model of another kind: "
+            f"{'; '.join(differences)}. Use the config that it was trained with"
+        )
+
+
+def _find_differences(saved, wanted, ignored=COMPUTE_FIELDS):
+    differences = []
+    for part in ("network", "noising", *ENCODERS, "std_latent", "mean_latent"):
+        old, new = saved[part], wanted[part]
+        if part in ENCODERS and same_encoder(old, new):
+            continue  # By another name, as of a folder that was moved.
+        if part == "network":
+            old, new = _get_network_fields(old, ignored), _get_network_fields(new, ignored)
+        if part == "noising":
+            old, new = _get_output_fields(old), _get_output_fields(new)
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+            differences += [f"{part}.{k} is {old.get(k)} there, {new.get(k)} here" for k in keys]
+        elif old != new:
+            differences.append(f"{part} is {old} there, {new} here")
+    return differences
+
+
+def _get_network_fields(given: dict, ignored: Sequence[str]) -> dict:
+    """What `get_network` takes the given fields for, as a JSON object, without those ignored."""
     bound = inspect.signature(get_network).bind(**given)
     bound.apply_defaults()
-    fields = {k: v for k, v in bound.arguments.items() if k not in COMPUTE_FIELDS}
+    fields = {k: v for k, v in bound.arguments.items() if k not in ignored}
     return json.loads(json.dumps(fields))
 
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from ldm_jax import graphs, messages
 
@@ -101,20 +101,18 @@ def get_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: NamedSharding(mesh, get_spec(mesh, x.shape)), tree)
 
 
-def compile_creation(
-    create: Callable[[PRNGKeyArray], Any], mesh: Mesh | None
-) -> Callable[[PRNGKeyArray], Any]:
-    """Compiles state = create(rng), with each array made where `get_shardings` places it.
+def compile_creation(create: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """Compiles state = create(rng, ...), with each array made where `get_shardings` places it.
 
     Args:
-        create: key, consumed => a train state.
+        create: key, consumed, and whatever else => a train state.
         mesh: of `get_mesh`; None leaves it to JAX.
     """
     if mesh is None:
         return jax.jit(create)
 
-    def create_in_place(rng):
-        state = create(rng)
+    def create_in_place(*args):
+        state = create(*args)
         return jax.lax.with_sharding_constraint(state, get_shardings(mesh, state))
 
     return jax.jit(create_in_place)

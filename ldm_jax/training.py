@@ -105,6 +105,7 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     latent_shape: tuple[int, ...],
     embedding_shape: tuple[int, ...],
+    variables: Any = None,
 ) -> TrainState:
     """Initial weights and optimizer state. Run it under jit to place it on a mesh.
 
@@ -114,8 +115,11 @@ def create_train_state(
         optimizer: see `get_optimizer`.
         latent_shape: (h, w, c).
         embedding_shape: (e,) or (n, e).
+        variables: params and batch_stats to start from, of any dtype; None: fresh ones.
     """
-    variables = init_network(network, rng, latent_shape, embedding_shape)
+    if variables is None:
+        variables = init_network(network, rng, latent_shape, embedding_shape)
+    variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
