@@ -11,6 +11,7 @@ each figure means.
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 from configs import emoji
 from encode import get_pictures
 from ldm_jax import models, quality, report
-from ldm_jax.alignment import choose_best, load_alignment_score, load_clip_score
+from ldm_jax.alignment import decode_best, load_clip_score, load_judge
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
@@ -31,6 +32,8 @@ from ldm_jax.pictures import read_folder
 from ldm_jax.sampler import in_float32_on_cpu
 from ldm_jax.spreading import sample_latents
 from ldm_jax.text import check_parts, load_text_encoder
+
+DECODED_AT_ONCE = 256
 
 
 class Examinee(NamedTuple):
@@ -43,7 +46,7 @@ class Examinee(NamedTuple):
         text_encoder: from `load_text_encoder`.
         exam: captions and real pictures.
         labels: of each group, its captions' text embeddings.
-        seeds: of each group, of as many candidates for each caption, (n best_of), candidates last.
+        seeds: of each group, (n best_of), those of the candidates for each of n captions.
         judge: images, captions => how well they go together, by which one of them is kept.
         told: what a report says of the exam, see `quality.json`.
     """
@@ -74,6 +77,7 @@ def evaluate(
     features: str = "efflite0",
     clip: str = "",
     best_of: int = 1,
+    judge: str | None = None,
     ends: bool = False,
     batch_size: int = 16,
     progress: bool = True,
@@ -86,7 +90,7 @@ def evaluate(
     the checkpoint's. `vae` names an autoencoder whose decoder is taken in the place of the
     training's; its encoder must be the same. `text_encoder` is where the training's lies now, if it
     was moved. With `best_of` as many are drawn for each caption, and the one is measured that fits
-    it best, by the CLIP in the folder `clip` or, without one, by the bundled alignment head.
+    it best, by the CLIP in the folder `judge` or, without one, by the bundled alignment head.
 
     Returns:
         The figures, by group and source, see `quality.measure`.
@@ -111,6 +115,7 @@ def evaluate(
         features=features,
         clip=clip,
         best_of=best_of,
+        judge=judge,
         progress=progress,
     )
 
@@ -153,6 +158,7 @@ def load_examinee(
     features: str = "efflite0",
     clip: str = "",
     best_of: int = 1,
+    judge: str | None = None,
     progress: bool = True,
 ) -> Examinee:
     """Loads once what any number of sampler settings are measured with.
@@ -166,17 +172,17 @@ def load_examinee(
         text_encoder: where the training's lies now; None: where it was.
         features: of `load_extractor`.
         clip: folder of a CLIP, or empty.
-        best_of: pictures drawn for each caption, of which one is kept, see `evaluate`.
+        best_of: pictures drawn for each caption, of which `judge` chooses one, see `evaluate`.
 
     Raises:
         ValueError: for encoders that are not those of the training, too few pictures, or a
-            `best_of` below 1.
+            `best_of` below 1 or, with a judge, 2.
         OSError: if a picture or the weights of the features are missing.
     """
-    if best_of < 1:
-        raise ValueError(f"best_of must be at least 1, got {best_of}")
+    if best_of < 1 or (judge and best_of == 1):
+        raise ValueError(f"best_of must be at least 1, and 2 with a judge, got {best_of}")
     clip_score = load_clip_score(clip) if clip else None
-    judge = (clip_score or load_alignment_score()) if best_of > 1 else None
+    judge_pictures = load_judge(judge) if best_of > 1 else None
     extractor = load_extractor(features)
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
     listed = read_folder(folder)
@@ -198,15 +204,15 @@ def load_examinee(
         "decoder_sha256": autoencoder.decoder_sha256,
     }
     model = model.convert(in_float32_on_cpu)
-    if judge:
-        told |= {"best_of": best_of, "chosen_by": clip or "the alignment head"}
+    if judge_pictures:
+        told |= {"best_of": best_of, "judge": judge or "the alignment head"}
     labels, seeds = {}, {}
     for split in exam.chosen:
         captions = exam.captions(split)
         labels[split] = encode(captions)
         candidates = [quality.get_seeds(captions, seed, k) for k in range(best_of)]
         seeds[split] = np.stack(candidates, axis=1)
-    return Examinee(model, shape, autoencoder, encode, exam, labels, seeds, judge, told)
+    return Examinee(model, shape, autoencoder, encode, exam, labels, seeds, judge_pictures, told)
 
 
 def draw_group(
@@ -230,10 +236,9 @@ def draw_group(
         progress=progress,
     )
     latents = np.asarray(examinee.model.scale.restore(jnp.asarray(latents)))
-    images = examinee.vae.decode(latents, as_bytes=True)
-    if examinee.judge:
-        captions = np.repeat(examinee.exam.captions(split), best_of).tolist()
-        images = images[choose_best(examinee.judge(images, captions), best_of)]
+    captions = np.repeat(examinee.exam.captions(split), best_of).tolist()
+    decode = partial(examinee.vae.decode, as_bytes=True)
+    images, _ = decode_best(decode, examinee.judge, latents, captions, best_of, DECODED_AT_ONCE)
     return images
 
 
@@ -284,6 +289,7 @@ def main(argv):
             features=f.features,
             clip=f.clip,
             best_of=f.best_of,
+            judge=f.judge,
             ends=f.ends,
             batch_size=f.batch_size,
         )
@@ -291,9 +297,10 @@ def main(argv):
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
         raise SystemExit(f"evaluate.py: {error}") from error
     print(report.format_table(figures))
+    chosen = f"best of {f.best_of} by {f.judge or 'the alignment head'}; " if f.best_of > 1 else ""
     print(
-        f"features: {f.features}; 95 % intervals; near copy: within {quality.NEAR} of a training "
-        f"picture; {time.perf_counter() - began:.0f} s"
+        f"features: {f.features}; {chosen}95 % intervals; near copy: within {quality.NEAR} of a "
+        f"training picture; {time.perf_counter() - began:.0f} s"
     )
     print(f"quality.json and sheet.png in {Path(f.out).resolve()}")
 
@@ -313,6 +320,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("features", "efflite0", "efflite0, or inception:<weights file>")
     flags.DEFINE_string("clip", "", "folder of a CLIP, for its score; default: without")
     flags.DEFINE_integer("best_of", 1, "drawn for each caption, of which the best is kept")
+    flags.DEFINE_string("judge", None, "folder of a CLIP to choose by; default: the bundled head")
     flags.DEFINE_bool("ends", False, "also measure reconstructions and copies: the scale's ends")
     flags.DEFINE_integer("batch_size", 16, "pictures drawn at once", lower_bound=1)
     flags.DEFINE_string("out", "quality", "folder for quality.json and sheet.png")

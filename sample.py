@@ -8,6 +8,7 @@ VAE, text encoder and scale of the latents it needs.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from ldm_jax import models
-from ldm_jax.alignment import choose_best, load_alignment_score, load_clip_score
+from ldm_jax.alignment import decode_best, load_judge
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
@@ -53,7 +54,7 @@ def sample(
     guide_step: str | int = "last",
     batch_size: int = 16,
     best_of: int = 1,
-    clip: str | None = None,
+    judge: str | None = None,
     vae: str | None = None,
     text_encoder: str | None = None,
     vae_dtype: str = "float32",
@@ -63,7 +64,7 @@ def sample(
 
     Picture j of a prompt starts from the noise of seed + j, so that it can be drawn again alone.
     With `best_of` it is the one of as many seeds, from seed + j best_of on, that fits its prompt
-    best, by the CLIP in the folder `clip` or, without one, by the bundled alignment head, which
+    best, by the CLIP in the folder `judge` or, without one, by the bundled alignment head, which
     knows emoji. The PNG files carry prompt, seed and settings as text; `settings` are arguments of
     `get_diffuser` in the place of the checkpoint's own. Guidance leads away from what a weaker
     checkpoint estimates, that in `guide_folder` or the checkpoint's own guide; from no text, where
@@ -79,6 +80,7 @@ def sample(
             exist or go together, a guide of another model, encoders that are not those of the
             training, or an `ema` out of reach.
         OSError: if the checkpoint or the CLIP is missing.
+        ImportError: if a package of an encoder or of the judge is missing.
     """
     if not prompts:
         raise ValueError("at least one prompt is needed, got none")
@@ -87,8 +89,8 @@ def sample(
         check_prompt(prompt)
     if guide_folder in (None, NO_GUIDE) and guide_step != "last":
         raise ValueError(f"guide_step {guide_step} needs a guide's run (--guide), got none")
-    if best_of < 1 or (clip and best_of == 1):
-        needed = "best_of must be at least 1, and 2 with a CLIP to choose by"
+    if best_of < 1 or (judge and best_of == 1):
+        needed = "best_of must be at least 1, and 2 with a judge"
         raise ValueError(f"{needed}, got {best_of}")
     if guide_folder not in (None, NO_GUIDE) and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
@@ -97,15 +99,17 @@ def sample(
         model = model.guided_by(None)
     elif guide_folder is not None:
         model = model.guided_by(models.load_model(guide_folder, guide_step))
-    judge = None
-    if best_of > 1:
-        judge = load_clip_score(clip) if clip else load_alignment_score()
+    judge_pictures = load_judge(judge) if best_of > 1 else None
     diffuser = model.convert(in_float32_on_cpu).get_diffuser(**settings)
     settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
     encode = models.load_encoder(load_text_encoder, model.meta["text_encoder"], text_encoder)
     decoder = models.load_encoder(load_vae, model.meta["vae"], vae, dtype=vae_dtype)
 
+    shape = tuple(model.meta["latent_shape"])
+    if judge_pictures:  # Raises before the long part.
+        side = shape[0] * decoder.downsampling
+        judge_pictures(np.zeros((1, side, side, 3), np.uint8), prompts[:1])
     drawn = num * best_of  # for each prompt
     captions = [prompt for prompt in prompts for _ in range(drawn)]
     labels = np.repeat(encode(list(prompts)), drawn, axis=0)
@@ -113,16 +117,19 @@ def sample(
     if negative_prompts:
         negative_labels = np.repeat(encode(negative_prompts), len(captions), axis=0)
     picture_seeds = np.tile(np.arange(seed, seed + drawn), len(prompts))
-    shape = tuple(model.meta["latent_shape"])
     latents = sample_latents(
         diffuser, labels, picture_seeds, shape, batch_size, negative_labels=negative_labels
     )
     latents = np.asarray(model.scale.restore(jnp.asarray(latents)))
-    parts = [latents[i : i + batch_size] for i in range(0, len(latents), batch_size)]
-    images = np.concatenate([decoder.decode(part, as_bytes=True) for part in parts])
-    if judge:
-        best = choose_best(judge(images, captions), best_of)
-        images, picture_seeds, captions = images[best], picture_seeds[best], captions[::best_of]
+    images, kept = decode_best(
+        partial(decoder.decode, as_bytes=True),
+        judge_pictures,
+        latents,
+        captions,
+        best_of,
+        batch_size,
+    )
+    captions, picture_seeds = captions[::best_of], picture_seeds[kept]
 
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +138,8 @@ def sample(
     described |= {} if model.step is None else {"step": str(model.step)}
     described |= {} if ema is None else {"ema": str(ema)}
     described |= {"vae": decoder.identity["name"], "decoder_sha256": decoder.decoder_sha256}
-    described |= {"best_of": f"{best_of}, by {clip or 'the alignment head'}"} if judge else {}
+    if judge_pictures:
+        described["best_of"] = f"{best_of}, by {judge or 'the alignment head'}"
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
     if model.guide:
         told = guide_step if model.guide.step is None else model.guide.step
@@ -185,7 +193,7 @@ def main(argv):
             guide_step=f.guide_step,
             batch_size=f.batch_size,
             best_of=f.best_of,
-            clip=f.clip,
+            judge=f.judge,
             vae=f.vae,
             text_encoder=f.text_encoder,
             vae_dtype=f.vae_dtype,
@@ -203,9 +211,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
     flags.DEFINE_float("ema", None, "sigma_rel of an average made of the run's snapshots, as 0.08")
     flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + 1")
+    flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture, the next seed + 1")
     flags.DEFINE_integer("best_of", 1, "drawn for each picture, of which the best is kept")
-    flags.DEFINE_string("clip", None, "folder of a CLIP to choose by; default: the bundled head")
+    flags.DEFINE_string("judge", None, "folder of a CLIP to choose by; default: the bundled head")
     # Without one of these the checkpoint's own setting counts.
     flags.DEFINE_integer("steps", None, "noise levels")
     flags.DEFINE_float("guidance", None, "weight of the text")

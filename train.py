@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,8 +41,8 @@ from ldm_jax.digest import get_digests
 from ldm_jax.encoders import load_vae
 from ldm_jax.examiner import get_examiner
 from ldm_jax.flops import count_flops, get_images_at_peak
-from ldm_jax.latents import get_latent_scale
-from ldm_jax.meta import check_start, create_meta
+from ldm_jax.latents import LatentScale, get_latent_scale
+from ldm_jax.meta import SCALE, check_start, create_meta
 from ldm_jax.noising import get_process
 from ldm_jax.packing import pack_state, unpack
 from ldm_jax.plotting import save_grid
@@ -71,13 +71,36 @@ def train(config: Any, workdir: str | Path, profile: str = "") -> training.Train
 
     Raises:
         FloatingPointError: when a loss or a gradient is no longer a number.
-        ValueError: for settings that do not fit together, or a checkpoint of another model.
+        ValueError: for settings that do not fit together, a checkpoint of another model, or a model
+            to start from that is not there or of another kind.
         OSError: if a checkpoint cannot be written, or none of those there is whole.
     """
     _check_numbers(config)
     check_local(workdir)
     with watch_preemption() as preempted, ExitStack() as stack:
         return _train(config, Path(workdir).expanduser(), profile, preempted, stack)
+
+
+class _Origin(NamedTuple):
+    """What is kept of the model whose weights a training starts from; arrays of the host's."""
+
+    title: str
+    scale: LatentScale
+    meta: dict
+    variables: Any
+    digests: dict | None  # of the weights, where several processes have to agree on them
+
+
+def _load_origin(name):
+    """Raises ValueError, which names the setting, if there is no whole model."""
+    try:
+        model = models.load_model(None if name == "bundled" else name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config.start_from is {name!r}: {error}") from error
+    title = name if model.step is None else f"{name}, step {model.step}"
+    variables = model.denoiser.variables
+    digests = get_digests(variables) if jax.process_count() > 1 else None
+    return _Origin(title, model.scale, model.meta, jax.device_get(variables), digests)
 
 
 def _train(config, workdir, profile, preempted, stack):
@@ -89,15 +112,11 @@ def _train(config, workdir, profile, preempted, stack):
     cache = data.open_cache(data.default_cache(config), vae.identity, text_encoder.identity)
     _check_shapes(config.network, cache)
     check_parts(text_encoder.name, settings["sampling"])
-    start_model = models.load_model(config.start_from) if config.start_from else None
-    hosts.check_agreement(
-        config=settings,
-        code=CODE,
-        data=dict(cache.manifest),
-        weights=start_model and get_digests(start_model.denoiser.variables),
-    )
-    if start_model:  # The weights belong to its scale.
-        scale = start_model.scale
+    origin = _load_origin(config.start_from) if config.start_from else None
+    agreed = {"config": settings, "code": CODE, "data": dict(cache.manifest)}
+    hosts.check_agreement(**agreed, weights=origin and origin.digests)
+    if origin:  # Its weights belong to its scale.
+        scale = origin.scale
     else:
         scale = get_latent_scale(cache.manifest, **settings["latents"])
     mesh = sharding.get_mesh(config.sharding.mesh)
@@ -125,8 +144,9 @@ def _train(config, workdir, profile, preempted, stack):
         latent_shape=cache.latent_shape,
         embedding_shape=cache.embedding_shape,
     )
-    if start_model:
-        check_start(start_model.meta, meta, config.start_from)
+    if origin:
+        check_start(origin.meta, meta, f"config.start_from, {config.start_from},")
+        meta |= {name: origin.meta[name] for name in SCALE}  # To the last digit.
 
     # State: the newest checkpoint's, or a fresh one, of random weights or those of a model; packed
     # everywhere but on the disk.
@@ -149,10 +169,11 @@ def _train(config, workdir, profile, preempted, stack):
         placed = sharding.place_shapes(mesh, jax.eval_shape(create_state, init_key))
         state = checkpoint.restore_checkpoint(manager, placed, meta)
     if state is None:
-        given = [jax.device_get(start_model.denoiser.variables)] if start_model else []
+        given = [origin.variables] if origin else []
         state = keep(sharding.compile_creation(create_state, mesh))(init_key, *given)
-    start = int(state.step)
-    of_model = f" from {config.start_from}" if start_model else ""
+        del given
+    begun = f"starting from {origin.title}" if origin else "starting"
+    origin, start = None, int(state.step)  # Nothing of the model is needed any more.
     if leader:
         records.write_json(workdir / "config.json", settings)
         if mesh.shape["fsdp"] > 1:
@@ -162,7 +183,7 @@ def _train(config, workdir, profile, preempted, stack):
             f"{sum(x.size for x in jax.tree.leaves(state.params)) / 1e6:.2f} M weights, "
             f"{cache.num_examples('train')} training examples, "
             f"{mesh.size} x {mesh.devices.flat[0].device_kind}, "
-            + (f"going on from step {start}" if start else f"starting{of_model}"),
+            + (f"going on from step {start}" if start else begun),
             flush=True,
         )
 

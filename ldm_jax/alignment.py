@@ -121,18 +121,63 @@ def load_alignment_score(folder: str | os.PathLike = BUNDLED) -> Callable:
     return score
 
 
-def choose_best(scores: Float[np.ndarray, " n"], best_of: int) -> Int[np.ndarray, " n/best_of"]:
-    """Of every `best_of` scores in a row the place of the highest among all n."""
-    return scores.reshape(-1, best_of).argmax(1) + np.arange(0, len(scores), best_of)
+def load_judge(clip: str | os.PathLike | None = None) -> Callable:
+    """Images, captions => cosines by which the best of several candidates is chosen.
+
+    Args:
+        clip: folder of a CLIP; None: the bundled head, which knows emoji.
+
+    Raises:
+        OSError, ImportError: see `load_clip_score` and `load_alignment_score`.
+    """
+    return load_alignment_score() if clip is None else load_clip_score(clip, clamped=False)
 
 
-def load_clip_score(folder: str | os.PathLike, device: Any = None) -> Callable:
+def decode_best(
+    decode: Callable,
+    judge: Callable | None,
+    latents: Float[np.ndarray, "n h w c"],
+    captions: Sequence[str],
+    best_of: int,
+    batch_size: int,
+) -> tuple[UInt8[np.ndarray, "n/best_of H W 3"], Int[np.ndarray, " n/best_of"]]:
+    """Pictures of latents, of every `best_of` in a row the one that goes best with its caption.
+
+    Ramesh et al. 2021, section 2.6. No more than `batch_size` pictures that are not chosen are held
+    at once, or `best_of`.
+
+    Args:
+        decode: latents => images, uint8.
+        judge: from `load_judge`; None, with a `best_of` of 1: every picture is kept.
+        latents: in the decoder's own scale.
+        captions: of each of them.
+
+    Returns:
+        The pictures, and the row of each.
+    """
+    images, rows = [], []
+    size = max(batch_size // best_of, 1) * best_of
+    for i in range(0, len(latents), size):
+        part = decode(latents[i : i + size])
+        best = np.arange(len(part))
+        if judge:
+            scores = judge(part, captions[i : i + size]).reshape(-1, best_of)
+            best = best[::best_of] + scores.argmax(1)
+        images.append(part[best])
+        rows.append(i + best)
+    return np.concatenate(images), np.concatenate(rows)
+
+
+def load_clip_score(
+    folder: str | os.PathLike, device: Any = None, clamped: bool = True
+) -> Callable:
     """CLIP score (Hessel et al. 2021, times 100 / 2.5): 100 max(cosine, 0) of picture and caption.
 
     Args:
         folder: a whole CLIP as `CLIPModel.save_pretrained` writes it, with its tokenizer's files;
             no hub is asked.
         device: of PyTorch; CUDA if there is any, else the CPU.
+        clamped: whether negative cosines count as 0.
 
     Returns:
         A function of images, uint8 (n H W 3), and as many captions, to n scores.
@@ -175,7 +220,8 @@ def load_clip_score(folder: str | os.PathLike, device: Any = None) -> Callable:
             mask = tokens["attention_mask"]
             found = model(tokens["input_ids"], (x - mean) / std, attention_mask=mask)
             cosines = (found.image_embeds * found.text_embeds).sum(1)  # both of length 1
-            scores.append(100.0 * cosines.clamp(min=0.0).cpu().numpy())
+            cosines = cosines.clamp(min=0.0) if clamped else cosines
+            scores.append(100.0 * cosines.cpu().numpy())
         return np.concatenate(scores)
 
     return score

@@ -14,6 +14,8 @@ FORMAT_VERSION = 2
 # How the network is computed, not what it computes: a run may go on with others.
 COMPUTE_FIELDS = ("dtype", "remat")
 ENCODERS = ("vae", "text_encoder")
+SCALE = ("std_latent", "mean_latent")
+CONTRACT = ("network", "noising", *ENCODERS, *SCALE)  # What a checkpoint's model must share.
 
 
 def create_meta(
@@ -79,24 +81,28 @@ def check_meta(saved: dict, wanted: dict, where: str) -> None:
         )
 
 
-def check_start(saved: dict, wanted: dict, where: str) -> None:
-    """As `check_meta`, of a model whose weights a training is to start from: dropout may differ.
+def check_start(model: dict, wanted: dict, where: str) -> None:
+    """As `check_meta`, of a model whose weights a training is to start from.
+
+    Its dropout may differ, and the scale is the model's, whatever `wanted` has.
 
     Raises:
         ValueError: names each field that differs, with both values; or for a newer format.
     """
-    check_version(saved, where)
-    differences = _find_differences(saved, wanted, (*COMPUTE_FIELDS, "dropout"))
+    check_version(model, where)
+    differences = _find_differences(
+        model, wanted, ("network", "noising", *ENCODERS), (*COMPUTE_FIELDS, "dropout")
+    )
     if differences:
         raise ValueError(
-            f"a training cannot start from {where}, a model of another kind: "
-            f"{'; '.join(differences)}. Use the config that it was trained with"
+            f"{where} is a model of another kind: {'; '.join(differences)}. A training that starts "
+            "from it needs the same"
         )
 
 
-def _find_differences(saved, wanted, ignored=COMPUTE_FIELDS):
+def _find_differences(saved, wanted, parts=CONTRACT, ignored=COMPUTE_FIELDS):
     differences = []
-    for part in ("network", "noising", *ENCODERS, "std_latent", "mean_latent"):
+    for part in parts:
         old, new = saved[part], wanted[part]
         if part in ENCODERS and same_encoder(old, new):
             continue  # By another name, as of a folder that was moved.

@@ -85,8 +85,8 @@ def load_model(
     guide.
 
     Args:
-        folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None or
-            "bundled" for the weights that come with the package.
+        folder: a run's workdir, its "checkpoints" folder, or what `export_model` wrote; None for
+            the weights that come with the package.
         step: which checkpoint of a run: "last", "best" by held-out loss, or its number.
         ema: sigma_rel of an average that is made of the run's snapshots, see `power_ema`; `step` is
             then that of a snapshot.
@@ -98,10 +98,9 @@ def load_model(
         ValueError: for an address instead of a folder, a checkpoint of a newer format, weights that
             do not fit the network, or an `ema` that the snapshots do not reach.
     """
-    if folder in (None, "bundled"):
-        folder = BUNDLED
-    check_local(folder)
-    path = Path(folder).expanduser().resolve()
+    if folder is not None:
+        check_local(folder)
+    path = BUNDLED if folder is None else Path(folder).expanduser().resolve()
     taken = None
     if ema is not None:
         meta, variables = _make_average(path, step, ema)

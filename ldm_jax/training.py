@@ -115,11 +115,12 @@ def create_train_state(
         optimizer: see `get_optimizer`.
         latent_shape: (h, w, c).
         embedding_shape: (e,) or (n, e).
-        variables: params and batch_stats to start from, of any dtype; None: fresh ones.
+        variables: params and batch_stats to start from, copied; None: fresh ones.
     """
     if variables is None:
         variables = init_network(network, rng, latent_shape, embedding_shape)
-    variables = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+    else:
+        variables = jax.tree.map(lambda x: jnp.array(x, jnp.float32), variables)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -9,7 +9,7 @@ from stand_ins import create_clip
 from test_quality import export_tiny
 
 import sample
-from ldm_jax.alignment import choose_best, load_alignment_score, load_clip_score, load_head
+from ldm_jax.alignment import decode_best, load_alignment_score, load_head, load_judge
 from ldm_jax.features import load_extractor
 from ldm_jax.plotting import read_png_metadata
 from ldm_jax.text import load_text_encoder
@@ -30,10 +30,18 @@ def candidates(model, tmp_path_factory):
     return np.stack([np.asarray(Image.open(path)) for path in paths])
 
 
-def test_the_highest_score_of_each_group_is_chosen():
-    scores = np.array([0.1, 0.3, -0.2, -0.5, -0.4, -0.9])
-    np.testing.assert_array_equal(choose_best(scores, 3), [1, 4])
-    np.testing.assert_array_equal(choose_best(scores, 1), range(6))
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 100])
+def test_the_highest_score_of_each_group_is_chosen(batch_size):
+    latents = np.array([0.1, 0.3, -0.2, -0.5, -0.4, -0.9, 0.7, 0.6, 0.5])
+    decode = lambda part: part * 10  # noqa: E731
+    judge = lambda images, captions: images / 10 + np.array([float(x) for x in captions])  # noqa: E731
+    captions = ["0"] * 6 + ["0", "0.05", "0.3"]
+    images, rows = decode_best(decode, judge, latents, captions, 3, batch_size)
+    np.testing.assert_array_equal(rows, [1, 4, 8])
+    np.testing.assert_array_equal(images, latents[rows] * 10)
+    images, rows = decode_best(decode, None, latents, captions, 1, batch_size)
+    np.testing.assert_array_equal(rows, range(9))
+    np.testing.assert_array_equal(images, latents * 10)
 
 
 def test_the_score_is_the_cosine_of_picture_and_caption():
@@ -54,10 +62,9 @@ def test_the_best_candidate_is_kept_and_can_be_drawn_again_alone(
         (tmp_path / "clip").mkdir()
         clip = str(tmp_path / "clip")
         create_clip(Path(clip))
-    score = load_clip_score(clip) if clip else load_alignment_score()
-    scores = score(candidates, np.repeat(PROMPTS, 6).tolist()).reshape(4, 3)
-    assert np.ptp(scores, axis=1).max() > 0
-    options = dict(checkpoint_folder=model, num=2, seed=5, best_of=3, clip=clip)
+    scores = load_judge(clip)(candidates, np.repeat(PROMPTS, 6).tolist()).reshape(4, 3)
+    assert np.diff(np.sort(scores, axis=1)).min() > 1e-5  # No two of them are alike.
+    options = dict(checkpoint_folder=model, num=2, seed=5, best_of=3, judge=clip)
     paths = sample.sample(PROMPTS, tmp_path / "best", **options)
     for i, path in enumerate(paths):
         picture, told = np.asarray(Image.open(path), np.int16), read_png_metadata(path)
@@ -74,8 +81,8 @@ def test_the_best_candidate_is_kept_and_can_be_drawn_again_alone(
     "options, error, message",
     [
         ({"best_of": 0}, ValueError, "best_of must be at least 1.*got 0"),
-        ({"clip": "folder"}, ValueError, "2 with a CLIP to choose by, got 1"),
-        ({"best_of": 2, "clip": "gone"}, FileNotFoundError, "no such folder of a CLIP"),
+        ({"judge": "folder"}, ValueError, "2 with a judge, got 1"),
+        ({"best_of": 2, "judge": "gone"}, FileNotFoundError, "no such folder of a CLIP"),
     ],
 )
 def test_what_cannot_be_chosen_among_is_refused_before_anything_is_drawn(

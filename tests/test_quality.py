@@ -270,7 +270,9 @@ def test_evaluate_draws_measures_and_writes(tmp_path, monkeypatch, text_encoder)
     best = evaluate.evaluate(tmp_path / "out", best_of=3, **options)
     assert best["test"]["drawn"]["alignment"] > figures["test"]["drawn"]["alignment"]
     told = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert told["best_of"] == 3 and told["chosen_by"] == "the alignment head"
+    assert told["best_of"] == 3 and told["judge"] == "the alignment head"
+    with pytest.raises(ValueError, match="best_of must be at least 1, and 2 with a judge, got 1"):
+        evaluate.evaluate(tmp_path / "out", judge="folder", **options)
 
 
 @pytest.mark.parametrize("text_encoder", ["use", "use-parts"])
