@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import pytest
 import sample
 from benchmarks.damage import prepare, read_newest
 from benchmarks.processes import FAST_COMPILATION, ROOT, find_free_port, run_processes
-from ldm_jax import models
+from ldm_jax import exports, models
 
 SSH = """#!/usr/bin/env bash
 # Stands for ssh: runs the command here, whatever the host.
@@ -108,6 +109,28 @@ def test_a_preempted_run_of_two_hosts_goes_on_on_one(folder):
     assert all(len(x.devices()) == 1 for x in jax.tree.leaves(model.denoiser.variables))
     paths = sample.sample(["a"], folder / "pictures", checkpoint_folder=workdir)
     assert paths[0].exists()
+
+    # Two hosts start from its weights, and stop if one of them finds others.
+    for home, source in (("one", "moved"), ("other", "whole")):
+        exports.export_model(models.load_model(folder / source), folder / home / "model", "float32")
+    changes = ["--config.start_from=~/model", "--config.optimizer.learning_rate=0.0"]
+    for homes in (("one", "one"), ("one", "other")):
+        flags = [*get_flags(folder, f"from-{homes[1]}", "data=2,fsdp=2"), *changes]
+        job = ["--num_processes=2", f"--coordinator=127.0.0.1:{find_free_port()}"]
+        commands = [
+            ["env", f"HOME={folder / home}", *command, *flags, *job, f"--process_id={number}"]
+            for number, home in enumerate(homes)
+        ]
+        results = run_processes(commands, devices=2)
+        if homes[1] == "one":
+            assert [code for code, _ in results] == [0, 0], results
+            started = read_newest(folder / "from-one").params
+            expected = models.load_model(folder / "one" / "model").denoiser.variables["params"]
+            chex.assert_trees_all_equal(jax.device_get(started), jax.device_get(expected))
+        else:
+            assert [code for code, _ in results] == [1, 1], results
+            wanted = "not all have process 0's weights (process 1)"
+            assert all(wanted in output for _, output in results), results
 
 
 @pytest.mark.slow
