@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from configs import emoji
 from encode import get_pictures
 from ldm_jax import models, quality, report
-from ldm_jax.alignment import decode_best, load_clip_score, load_judge
+from ldm_jax.alignment import HEAD_TITLE, decode_best, load_clip_score, load_judge
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import load_vae
 from ldm_jax.features import load_extractor
@@ -33,7 +33,7 @@ from ldm_jax.sampler import in_float32_on_cpu
 from ldm_jax.spreading import sample_latents
 from ldm_jax.text import check_parts, load_text_encoder
 
-DECODED_AT_ONCE = 256
+DECODED_AT_ONCE = 256  # Pictures among which are candidates that are not kept.
 
 
 class Examinee(NamedTuple):
@@ -179,10 +179,8 @@ def load_examinee(
             `best_of` below 1 or, with a judge, 2.
         OSError: if a picture or the weights of the features are missing.
     """
-    if best_of < 1 or (judge and best_of == 1):
-        raise ValueError(f"best_of must be at least 1, and 2 with a judge, got {best_of}")
+    judge_pictures = load_judge(best_of, judge)
     clip_score = load_clip_score(clip) if clip else None
-    judge_pictures = load_judge(judge) if best_of > 1 else None
     extractor = load_extractor(features)
     folder = Path(pictures).expanduser() if pictures else find_pictures(checkpoint_folder, progress)
     listed = read_folder(folder)
@@ -205,7 +203,7 @@ def load_examinee(
     }
     model = model.convert(in_float32_on_cpu)
     if judge_pictures:
-        told |= {"best_of": best_of, "judge": judge or "the alignment head"}
+        told |= {"best_of": best_of, "judge": judge or HEAD_TITLE}
     labels, seeds = {}, {}
     for split in exam.chosen:
         captions = exam.captions(split)
@@ -297,7 +295,7 @@ def main(argv):
         logging.debug("Raised here:", exc_info=True)  # Shown by --verbosity=1.
         raise SystemExit(f"evaluate.py: {error}") from error
     print(report.format_table(figures))
-    chosen = f"best of {f.best_of} by {f.judge or 'the alignment head'}; " if f.best_of > 1 else ""
+    chosen = f"best of {f.best_of} by {f.judge or HEAD_TITLE}; " if f.best_of > 1 else ""
     print(
         f"features: {f.features}; {chosen}95 % intervals; near copy: within {quality.NEAR} of a "
         f"training picture; {time.perf_counter() - began:.0f} s"

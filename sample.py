@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from ldm_jax import models
-from ldm_jax.alignment import decode_best, load_judge
+from ldm_jax.alignment import HEAD_TITLE, decode_best, load_judge
 from ldm_jax.compiled import keep_compiled
 from ldm_jax.encoders import DTYPES, load_vae
 from ldm_jax.plotting import save_grid, save_pngs
@@ -89,17 +89,14 @@ def sample(
         check_prompt(prompt)
     if guide_folder in (None, NO_GUIDE) and guide_step != "last":
         raise ValueError(f"guide_step {guide_step} needs a guide's run (--guide), got none")
-    if best_of < 1 or (judge and best_of == 1):
-        needed = "best_of must be at least 1, and 2 with a judge"
-        raise ValueError(f"{needed}, got {best_of}")
     if guide_folder not in (None, NO_GUIDE) and negative_prompts:
         raise ValueError("a guide and a negative prompt do not go together: choose one")
+    judge_pictures = load_judge(best_of, judge)
     model = models.load_model(checkpoint_folder, checkpoint_step, ema)
     if guide_folder == NO_GUIDE or negative_prompts:
         model = model.guided_by(None)
     elif guide_folder is not None:
         model = model.guided_by(models.load_model(guide_folder, guide_step))
-    judge_pictures = load_judge(judge) if best_of > 1 else None
     diffuser = model.convert(in_float32_on_cpu).get_diffuser(**settings)
     settings = model.meta["sampling"] | settings
     check_parts(model.meta["text_encoder"]["name"], settings)
@@ -139,7 +136,7 @@ def sample(
     described |= {} if ema is None else {"ema": str(ema)}
     described |= {"vae": decoder.identity["name"], "decoder_sha256": decoder.decoder_sha256}
     if judge_pictures:
-        described["best_of"] = f"{best_of}, by {judge or 'the alignment head'}"
+        described["best_of"] = f"{best_of}, by {judge or HEAD_TITLE}"
     described |= {"negative_prompt": negative_prompt} if negative_prompts else {}
     if model.guide:
         told = guide_step if model.guide.step is None else model.guide.step
@@ -211,7 +208,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("step", "last", "a run's checkpoint: last, best (held-out loss), a number")
     flags.DEFINE_float("ema", None, "sigma_rel of an average made of the run's snapshots, as 0.08")
     flags.DEFINE_integer("num", 1, "pictures for each prompt", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture, the next seed + 1")
+    flags.DEFINE_integer("seed", 0, "seed of a prompt's first picture; the next has seed + best_of")
     flags.DEFINE_integer("best_of", 1, "drawn for each picture, of which the best is kept")
     flags.DEFINE_string("judge", None, "folder of a CLIP to choose by; default: the bundled head")
     # Without one of these the checkpoint's own setting counts.

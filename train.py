@@ -113,12 +113,10 @@ def _train(config, workdir, profile, preempted, stack):
     _check_shapes(config.network, cache)
     check_parts(text_encoder.name, settings["sampling"])
     origin = _load_origin(config.start_from) if config.start_from else None
-    agreed = {"config": settings, "code": CODE, "data": dict(cache.manifest)}
-    hosts.check_agreement(**agreed, weights=origin and origin.digests)
-    if origin:  # Its weights belong to its scale.
-        scale = origin.scale
-    else:
-        scale = get_latent_scale(cache.manifest, **settings["latents"])
+    weights = origin and origin.digests
+    hosts.check_agreement(config=settings, code=CODE, data=dict(cache.manifest), weights=weights)
+    # The weights of a model belong to its scale.
+    scale = origin.scale if origin else get_latent_scale(cache.manifest, **settings["latents"])
     mesh = sharding.get_mesh(config.sharding.mesh)
 
     # Network, optimizer, steps.

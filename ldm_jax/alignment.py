@@ -18,6 +18,7 @@ from ldm_jax.text import load_text_encoder
 
 WIDTH = 256
 HEAD_FILE = "head.safetensors"
+HEAD_TITLE = "the alignment head"
 BUNDLED = Path(__file__).parent / "weights" / "alignment"
 CLIP_BATCH_SIZE = 32
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -115,22 +116,29 @@ def load_alignment_score(folder: str | os.PathLike = BUNDLED) -> Callable:
     extractor, encode = load_extractor(head.features), load_text_encoder(head.text_encoder)
 
     def score(images: UInt8[np.ndarray, "n H W 3"], captions: Sequence[str]) -> np.ndarray:
-        embeddings = head.embed_captions(encode(list(captions)))
+        different, own = np.unique(captions, return_inverse=True)
+        embeddings = head.embed_captions(encode(different.tolist()))[own]
         return np.sum(head.embed_images(extractor(images)) * embeddings, axis=1)
 
     return score
 
 
-def load_judge(clip: str | os.PathLike | None = None) -> Callable:
+def load_judge(best_of: int, clip: str | os.PathLike | None = None) -> Callable | None:
     """Images, captions => cosines by which the best of several candidates is chosen.
 
     Args:
+        best_of: how many candidates; of 1 there is nothing to choose, and no judge.
         clip: folder of a CLIP; None: the bundled head, which knows emoji.
 
     Raises:
+        ValueError: for a `best_of` below 1 or, with a CLIP, 2.
         OSError, ImportError: see `load_clip_score` and `load_alignment_score`.
     """
-    return load_alignment_score() if clip is None else load_clip_score(clip, clamped=False)
+    if best_of < 1 or (clip and best_of == 1):
+        raise ValueError(f"best_of must be at least 1, and 2 with a judge, got {best_of}")
+    if best_of == 1:
+        return None
+    return load_clip_score(clip, clamped=False) if clip else load_alignment_score()
 
 
 def decode_best(

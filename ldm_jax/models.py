@@ -21,7 +21,7 @@ from ldm_jax import exports, records, sampler, snapshots
 from ldm_jax.cache import check_local
 from ldm_jax.exports import GUIDE, META_FILE, WEIGHTS_FILE
 from ldm_jax.latents import LatentScale
-from ldm_jax.meta import ENCODERS, check_version, same_encoder
+from ldm_jax.meta import ENCODERS, SCALE, check_version, same_encoder
 from ldm_jax.noising import get_process
 from ldm_jax.sampler import Denoiser
 from ldm_jax.unet import get_network
@@ -66,7 +66,7 @@ class Model(NamedTuple):
         """
         if guide is None:
             return self._replace(guide=None)
-        for part in (*ENCODERS, "std_latent", "mean_latent", "latent_shape", "embedding_shape"):
+        for part in (*ENCODERS, *SCALE, "latent_shape", "embedding_shape"):
             same = same_encoder if part in ENCODERS else operator.eq
             if not same(guide.meta[part], self.meta[part]):
                 raise ValueError(

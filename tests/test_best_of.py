@@ -62,7 +62,9 @@ def test_the_best_candidate_is_kept_and_can_be_drawn_again_alone(
         (tmp_path / "clip").mkdir()
         clip = str(tmp_path / "clip")
         create_clip(Path(clip))
-    scores = load_judge(clip)(candidates, np.repeat(PROMPTS, 6).tolist()).reshape(4, 3)
+    score = load_judge(3, clip)
+    assert score is not None
+    scores = score(candidates, np.repeat(PROMPTS, 6).tolist()).reshape(4, 3)
     assert np.diff(np.sort(scores, axis=1)).min() > 1e-5  # No two of them are alike.
     options = dict(checkpoint_folder=model, num=2, seed=5, best_of=3, judge=clip)
     paths = sample.sample(PROMPTS, tmp_path / "best", **options)
